@@ -1,0 +1,1 @@
+"""Drive a candidate as vLLM does, compare with the reference, report."""

@@ -1,0 +1,117 @@
+"""How far from the truth an honest kernel may be: the one place where a tolerance is derived.
+
+Truth is the float64 reference on the very numbers the candidate was given. What an honest kernel
+does to them (`reference.lowprec` is one) is a handful of roundings, each with a known size:
+
+1. The output is rounded once: u * |o|, with u the unit roundoff of the model's dtype.
+2. Each probability p_j is rounded to the operands' dtype before it meets v_j. The errors of
+   different keys are independent and uniform within u * p_j, so their sum has a standard
+   deviation of u / sqrt(3) * sqrt(sum_j p_j**2 * v_j**2), not the sum's worst case; that is what
+   keeps the budget sharp at 32k keys. A kernel may normalize by the rounded or by the exact sum;
+   (|v_j| + |o|)**2 <= 2 v_j**2 + 2 o**2 covers both.
+3. Each logit is a float32 dot product, then scaled, shifted and put through an exponential:
+   errors proportional to u32 * (scale * |q| |k_j| + |s_j|). A softcap may use the hardware's
+   tanh (tanh.approx.f32, relative error 2**-11, as FlashAttention does): cap * 2**-11 more.
+   A logit's error d_j moves the output by p_j * d_j * (v_j - o).
+4. A quantized cache may be dequantized to the model's dtype first: u / sqrt(3) relative on each
+   element of k and v more.
+5. fp16 has probabilities below its smallest normal: an absolute error of half a subnormal step.
+
+The bound is 6 standard deviations: no matrix run here draws the 1e9 elements it takes to see one
+beyond. All of it is first-order, and a factor above what honest kernels show (see
+tests/meta/test_budget.py, which holds it from both sides).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from reference.attention import Attended
+
+SIGMAS = 6.0
+UNIFORM = 3.0**-0.5
+U32 = 2.0**-24
+# Roundings a float32 dot product, its scaling and an exponential come to, in units of u32.
+LOGIT_ROUNDINGS = 8.0
+TANH_APPROX = 2.0**-11
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bounds on |candidate - truth|.
+
+    output: [num_queries, num_heads, head_size] float64. lse: [num_queries, num_heads] float64.
+    """
+
+    output: torch.Tensor
+    lse: torch.Tensor
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Half the spacing at 1: the largest relative error of rounding to nearest."""
+    return torch.finfo(dtype).eps / 2
+
+
+def attention_budget(
+    attended: Attended,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    dtype: torch.dtype,
+    softcap: float | None = None,
+    quantized: bool = False,
+) -> Budget:
+    """The budget of one request.
+
+    Args:
+        attended: the reference's answer.
+        query: [num_queries, num_heads, head_size]; key, value: [num_keys, num_kv_heads,
+            head_size], as the reference was given them.
+        dtype: the model's dtype, in which kernels hold operands and probabilities.
+        quantized: whether the cache is fp8.
+    """
+    u = unit_roundoff(dtype)
+    # float32 kernels keep probabilities in float32, with an exponential's few roundings.
+    u_p = u if dtype != torch.float32 else LOGIT_ROUNDINGS * U32
+    num_kv_heads, head_size = key.shape[1:]
+    group = query.shape[1] // num_kv_heads
+    p = attended.probabilities
+    seen = torch.isfinite(attended.logits)
+    used = seen.any(dim=1).any(dim=0)[:, None, None]
+    k = key.double().masked_fill(~used, 0.0)
+    v = value.double().masked_fill(~used, 0.0)
+
+    norms = torch.einsum(
+        "qh,kh->hqk",
+        query.double().norm(dim=-1),
+        k.norm(dim=-1).repeat_interleave(group, dim=1),
+    )
+    relative = LOGIT_ROUNDINGS * U32
+    if quantized:
+        # Independent over head_size elements; a planted query is no larger than three of them.
+        relative += UNIFORM * u * (3.0 / head_size) ** 0.5
+    logit_error = relative * scale * norms
+    logit_error += LOGIT_ROUNDINGS * U32 * attended.logits.masked_fill(~seen, 0.0).abs()
+    if softcap is not None:
+        logit_error += softcap * TANH_APPROX
+
+    weight = p.square() * (UNIFORM**2 * u_p**2 + logit_error.square())
+    if quantized:
+        weight += p.square() * (UNIFORM * u) ** 2
+    o = attended.output
+    grouped = weight.unflatten(0, (num_kv_heads, group))
+    spread = torch.einsum("hgqk,khd->qhgd", grouped, v.square()).flatten(1, 2)
+    variance = 2.0 * (spread + weight.sum(dim=-1).transpose(0, 1)[..., None] * o.square())
+
+    largest = v.abs().amax(dim=0).repeat_interleave(group, dim=0)
+    count = seen.sum(dim=-1).transpose(0, 1).double()
+    subnormal = torch.finfo(dtype).smallest_normal * u
+    floor = SIGMAS * subnormal * count.sqrt()[..., None] * (1.0 + largest[None])
+    output = SIGMAS * variance.sqrt() + 1.01 * u * o.abs() + floor
+
+    lse_error = SIGMAS * (p * logit_error).sum(dim=-1).transpose(0, 1)
+    finite = attended.lse.masked_fill(attended.lse == float("-inf"), 0.0)
+    lse = lse_error + 2 * LOGIT_ROUNDINGS * U32 * (1.0 + finite.abs())
+    return Budget(output, lse)

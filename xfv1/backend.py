@@ -1,0 +1,146 @@
+"""What vLLM asks an attention backend before it uses it."""
+
+from typing import Any, ClassVar
+
+import torch
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
+
+import xfv1
+from xfv1 import compat, dispatch
+from xfv1.impl import XFormersImpl
+from xfv1.metadata import XFormersMetadataBuilder
+from xfv1.ops.base import Device, Layer, device_of
+
+MAX_HEAD_SIZE = 512
+
+
+class XFormersAttentionBackend(AttentionBackend):
+    """xFormers' ops, and xfv1's own kernel for what they refuse, over vLLM's paged cache."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+    ]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [
+        "auto",
+        "float16",
+        "bfloat16",
+        "fp8",
+        "fp8_e4m3",
+        "fp8_e5m2",
+    ]
+    forward_includes_kv_cache_update: bool = False
+
+    @staticmethod
+    def get_name() -> str:
+        return xfv1.registered_name()
+
+    @staticmethod
+    def get_impl_cls() -> type[XFormersImpl]:
+        return XFormersImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[XFormersMetadataBuilder]:
+        return XFormersMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return 1 <= head_size <= MAX_HEAD_SIZE
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_alibi_sqrt(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type in (
+            AttentionType.DECODER,
+            AttentionType.ENCODER,
+            AttentionType.ENCODER_ONLY,
+            AttentionType.ENCODER_DECODER,
+        )
+
+    @classmethod
+    def supports_combination(
+        cls,
+        head_size: int,
+        dtype: torch.dtype,
+        kv_cache_dtype: Any,
+        block_size: int | None,
+        use_mla: bool,
+        has_sink: bool,
+        use_sparse: bool,
+        use_mm_prefix: bool,
+        device_capability: DeviceCapability | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> str | None:
+        """Why no op serves a layer of these facts, or None.
+
+        ALiBi, softcap and windows are not among vLLM's questions here; for these the impl's
+        constructor answers.
+        """
+        if use_mla or use_sparse:
+            return None
+        try:
+            fp8 = compat.fp8_dtype(kv_cache_dtype or "auto")
+        except NotImplementedError as error:
+            return str(error)
+        layer = Layer(
+            num_heads=1,
+            num_kv_heads=1,
+            head_size=head_size,
+            dtype=dtype,
+            kv_dtype=fp8 or dtype,
+            block_size=block_size or 16,
+            sinks=has_sink,
+        )
+        refused = dispatch.layer_reasons(layer, _device(device_capability))
+        return "; ".join(refused) or None
+
+    # 0.29 on: vLLM owns the cache's shape and asks which layouts can be read.
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[Any, ...] | None:
+        return compat.kv_cache_layouts()
+
+    # 0.26 to 0.28: the backend states the cache's shape and physical order.
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        cache_dtype_str: str = "auto",
+    ) -> tuple[int, ...]:
+        return (num_blocks, num_kv_heads, block_size, 2 * head_size)
+
+    @staticmethod
+    def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
+        return compat.stride_order(include_num_layers_dimension)
+
+
+def _device(capability: DeviceCapability | None) -> Device:
+    device = device_of(compat.device_kind())
+    if device.kind == "cpu" or capability is None:
+        return device
+    return Device(device.kind, (capability.major, capability.minor), device.interpreted)

@@ -1,0 +1,98 @@
+"""All that differs between vLLM's versions (0.26 to 0.33), platforms and caches."""
+
+import functools
+from typing import Any
+
+import torch
+
+FP8 = {"fp8": None, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+
+
+@functools.cache
+def device_kind() -> str:
+    """torch's device type of vLLM's platform: "cuda" (ROCm too) or "cpu"."""
+    from vllm.platforms import current_platform
+
+    return "cpu" if current_platform.is_cpu() else "cuda"
+
+
+def fp8_dtype(kv_cache_dtype: str) -> torch.dtype | None:
+    """The float8 dtype a cache stores, or None where it stores the model's own.
+
+    Raises:
+        NotImplementedError: for caches quantized in other ways.
+    """
+    if kv_cache_dtype in ("auto", "float16", "bfloat16", "float32"):
+        return None
+    if kv_cache_dtype not in FP8:
+        accepted = ", ".join(("auto", "float16", "bfloat16", "float32", *FP8))
+        raise NotImplementedError(f"kv_cache_dtype={kv_cache_dtype!r}: expected {accepted}")
+    if dtype := FP8[kv_cache_dtype]:
+        return dtype
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return torch.float8_e4m3fn
+    dtype = current_platform.fp8_dtype()
+    return dtype
+
+
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_cache_dtype: str,
+    layer: Any,
+) -> None:
+    """vLLM's own op where it exists, PyTorch's indexing on a CPU.
+
+    key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_size] views.
+    """
+    if key.device.type == "cuda":
+        from vllm import _custom_ops
+
+        # The op reads bytes and a dtype's name.
+        raw = [c.view(torch.uint8) if c.itemsize == 1 else c for c in (key_cache, value_cache)]
+        _custom_ops.reshape_and_cache_flash(
+            key, value, *raw, slot_mapping, kv_cache_dtype, layer._k_scale, layer._v_scale
+        )
+        return
+    slots = slot_mapping.long()
+    tokens = (slots >= 0).nonzero().flatten()
+    size = key_cache.shape[1]
+    blocks, offsets = slots[tokens] // size, slots[tokens] % size
+    for new, cache, scale in (
+        (key, key_cache, layer._k_scale),
+        (value, value_cache, layer._v_scale),
+    ):
+        content = new[tokens]
+        if cache.itemsize == 1:
+            largest = torch.finfo(cache.dtype).max
+            content = (content.float() / scale).clamp(-largest, largest)
+        cache[blocks, offsets] = content.to(cache.dtype)
+
+
+def kv_cache_layouts() -> tuple[Any, ...]:
+    """vLLM's layouts that xfv1 reads, the preferred first (0.29 on)."""
+    from vllm.v1.kv_cache_interface import KVCacheLayout
+
+    names = ("LBNHC", "LBHNC", "BLNHC", "BLHNC", "BHLNC", "LHBNC")
+    return tuple(KVCacheLayout[name] for name in names if name in KVCacheLayout.__members__)
+
+
+def stride_order(include_num_layers_dimension: bool) -> tuple[int, ...]:
+    """Physical order of the cache's dimensions for the layout in force (0.26 to 0.28)."""
+    from vllm.v1.attention.backends import utils
+
+    layout = utils.get_kv_cache_layout()
+    orders = {
+        ("NHD", False): (0, 2, 1, 3),
+        ("NHD", True): (1, 0, 3, 2, 4),
+        ("HND", False): (0, 1, 2, 3),
+        ("HND", True): (1, 2, 0, 3, 4),
+    }
+    if (layout, include_num_layers_dimension) not in orders:
+        raise ValueError(f"KV cache layout {layout!r}: expected NHD or HND")
+    return orders[layout, include_num_layers_dimension]

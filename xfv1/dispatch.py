@@ -1,0 +1,169 @@
+"""Which op serves which phase of which layer, and why not the others.
+
+The order in which ops are tried is data (`RULES`), measured by benchmarks/kernels.py; whether an
+op can serve is its own answer. Nothing here looks at the device's memory.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from xfv1.ops.base import DECODE, ENCODER, PREFILL, Batch, Device, Layer, Op
+from xfv1.ops.torch_cpu import TorchCpu
+from xfv1.ops.triton_paged import TritonPaged
+from xfv1.ops.vllm_fa import VllmFlashAttention
+from xfv1.ops.xformers_fa3 import XFormersFA3
+from xfv1.ops.xformers_splitk import XFormersSplitK
+from xfv1.ops.xformers_varlen import VARLEN_OPS
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        XFormersSplitK(),
+        XFormersFA3(),
+        *VARLEN_OPS,
+        VllmFlashAttention(3),
+        VllmFlashAttention(2),
+        TritonPaged(),
+        TorchCpu(),
+    )
+}
+
+
+class UnknownOp(ValueError):
+    """XFV1_OPS names an op that does not exist."""
+
+
+class NoOp(NotImplementedError):
+    """No op serves a layer; the message gives every op's reasons."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Ops in the order to try them, where a phase's facts lie within bounds (inclusive)."""
+
+    phase: str
+    order: tuple[str, ...]
+    head_sizes: tuple[int, int] = (1, 512)
+    num_reqs: tuple[int, int] = (0, 1 << 30)
+    seq_lens: tuple[int, int] = (0, 1 << 30)
+    capability: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (99, 0))
+
+    def fits(self, layer: Layer, batch: Batch, device: Device) -> bool:
+        return (
+            self.phase == batch.phase
+            and self.head_sizes[0] <= layer.head_size <= self.head_sizes[1]
+            and self.num_reqs[0] <= batch.num_reqs <= self.num_reqs[1]
+            and self.seq_lens[0] <= batch.max_seq_len <= self.seq_lens[1]
+            and self.capability[0] <= device.capability <= self.capability[1]
+        )
+
+
+# The first rule that fits decides; benchmarks/results holds the measurements.
+RULES: tuple[Rule, ...] = (
+    Rule(
+        DECODE,
+        ("vllm_fa3", "xformers_fa3", "xformers_splitk", "vllm_fa2", "triton", "torch"),
+    ),
+    Rule(
+        PREFILL,
+        (
+            "vllm_fa3",
+            "xformers_fa3",
+            "vllm_fa2",
+            "xformers_fa2",
+            "xformers_ck",
+            "xformers_cutlass",
+            "triton",
+            "torch",
+        ),
+    ),
+    Rule(
+        ENCODER,
+        (
+            "xformers_fa3",
+            "vllm_fa3",
+            "xformers_fa2",
+            "vllm_fa2",
+            "xformers_ck",
+            "xformers_cutlass",
+            "triton",
+            "torch",
+        ),
+    ),
+)
+
+
+def allowed_ops(setting: str | None = None) -> tuple[str, ...] | None:
+    """The names in XFV1_OPS, in its order, or None where it is not set.
+
+    Raises:
+        UnknownOp: listing the names there are.
+    """
+    setting = os.environ.get("XFV1_OPS", "") if setting is None else setting
+    names = tuple(name.strip() for name in setting.split(",") if name.strip())
+    for name in names:
+        if name not in OPS:
+            raise UnknownOp(f"XFV1_OPS={setting!r}: no op {name!r}, expected among {', '.join(OPS)}")
+    return names or None
+
+
+def order_of(layer: Layer, batch: Batch, device: Device) -> Sequence[str]:
+    """Names of the ops to try, best first: XFV1_OPS where set, else the first rule that fits."""
+    return allowed_ops() or next(
+        (rule.order for rule in RULES if rule.fits(layer, batch, device)), tuple(OPS)
+    )
+
+
+def reasons(layer: Layer, batch: Batch, device: Device) -> dict[str, list[str]]:
+    """Every op that may be tried, in order, with why it cannot serve (empty if it can)."""
+    return {
+        name: OPS[name].not_supported_reasons(layer, batch, device)
+        for name in order_of(layer, batch, device)
+    }
+
+
+def choose(layer: Layer, batch: Batch, device: Device) -> Op:
+    """The op for one phase of one layer.
+
+    Raises:
+        NoOp: with every op's reasons.
+    """
+    # Powers of two bound how many different batches there are to decide on.
+    rounded = replace(
+        batch,
+        num_reqs=1 << (batch.num_reqs - 1).bit_length() if batch.num_reqs > 1 else batch.num_reqs,
+        max_seq_len=1 << max(batch.max_seq_len - 1, 0).bit_length(),
+        max_query_len=min(batch.max_query_len, 64),
+    )
+    return _choose(layer, rounded, device, os.environ.get("XFV1_OPS", ""))
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(layer: Layer, batch: Batch, device: Device, setting: str) -> Op:
+    tried = reasons(layer, batch, device)
+    for name, why in tried.items():
+        if not why:
+            return OPS[name]
+    raise NoOp(f"no op serves {batch.phase}: {explain(tried)}")
+
+
+def explain(tried: dict[str, list[str]]) -> str:
+    return "; ".join(f"{name}: {', '.join(why)}" for name, why in tried.items())
+
+
+def layer_reasons(layer: Layer, device: Device, *, encoder: bool = False) -> list[str]:
+    """Why a layer cannot be served at all: one reason for each phase that no op serves.
+
+    Asked before any work, so of the hardest batch: ragged, with context, in any layout.
+    """
+    phases = [ENCODER] if encoder else [DECODE, PREFILL]
+    refused = []
+    for phase in phases:
+        batch = Batch(phase, num_reqs=2, max_query_len=1 if phase == DECODE else 64, max_seq_len=128)
+        try:
+            choose(layer, batch, device)
+        except NoOp as error:
+            refused.append(str(error))
+    return refused

@@ -1,0 +1,806 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+"""Paged attention over vLLM's KV cache, in Triton: one kernel for prefill and decode, one merge.
+
+For query token t of a request (position ``pos = seq_len - q_len + t``) and key j::
+
+    s[j] = scale * k_scale * (q . k[j])
+    s[j] = softcap * tanh(s[j] / softcap)                      # if softcap
+    s[j] = s[j] - slope * |pos - j|    (or sqrt(|pos - j|))    # if ALiBi
+    s[j] = -inf unless j is visible
+    out  = v_scale * sum_j exp(s[j]) v[j] / Z,   Z = sum_j exp(s[j]) + exp(sink)
+    lse  = ln Z
+
+Key j is visible iff ``j < seq_len``, ``0 <= pos - j`` (causal), and ``pos - j < window`` (causal)
+or ``|pos - j| < window`` (not causal). A row that sees no key gives out = 0, lse = sink or -inf.
+
+How the work is cut:
+
+* The query heads that share a KV head are packed: *row* r of a request is token ``r // group``,
+  head ``r % group`` of that KV head. A program owns ``block_m`` consecutive rows of one request and
+  one KV head, so any group size, 1 to num_heads, packs without waste.
+* Keys are visited in tiles of ``block_n`` positions, aligned to ``block_n``; a tile may span several
+  blocks of the cache. Tiles that every row sees in full take a path without any mask.
+* The tiles of a program may be cut over ``num_splits`` programs; each leaves its unnormalised sum,
+  max and denominator in the workspace and ``_merge_kernel`` adds them up, in a fixed order.
+
+All shapes of the launch come from tensor shapes and host bounds, never from device values, so a
+launch neither syncs nor breaks CUDA graph capture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["Config", "Workspace", "decode_config", "paged_attention", "prefill_config"]
+
+MAX_HEAD_SIZE = 512
+MAX_SPLITS = 128
+# A split shorter than this many keys costs more in the merge than it wins.
+MIN_SPLIT_KEYS = 256
+# Up to this many rows of a request and KV head count as decode: bound by memory, one M tile.
+MAX_DECODE_ROWS = 64
+# Programs wanted per SM. Decode: more than the three that fit at a time, so that they even out.
+DECODE_PROGRAMS_PER_SM = 4
+PREFILL_PROGRAMS_PER_SM = 1
+
+_CACHE_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+_QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+# --------------------------------------------------------------------------------------
+# Device code
+# --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _find_request(query_start_loc_ptr, tile, num_reqs, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The request that row tile ``tile`` belongs to.
+
+    Request i owns the tiles from ``query_start_loc[i] * GROUP // BLOCK_M + i``: always enough of
+    them, at most one too many, and known without a prefix sum over the tile counts.
+    """
+    lo = tile * 0
+    hi = lo + num_reqs
+    while hi - lo > 1:
+        mid = (lo + hi) // 2
+        first = tl.load(query_start_loc_ptr + mid) * GROUP // BLOCK_M + mid
+        lo = tl.where(first <= tile, mid, lo)
+        hi = tl.where(first <= tile, hi, mid)
+    return lo
+
+
+@triton.jit
+def _load_rows(
+    ptr, offsets, dims, live, HEAD_SIZE: tl.constexpr, MASKED: tl.constexpr, PADDED: tl.constexpr
+):
+    """Rows of K or V: ``ptr[offsets[:, None] + dims]``, 0 where dead or past the head size."""
+    ptrs = ptr + offsets[:, None] + dims[None, :]
+    if MASKED and PADDED:
+        x = tl.load(ptrs, mask=live[:, None] & (dims < HEAD_SIZE)[None, :], other=0.0)
+    elif MASKED:
+        x = tl.load(ptrs, mask=live[:, None], other=0.0)
+    elif PADDED:
+        x = tl.load(ptrs, mask=(dims < HEAD_SIZE)[None, :], other=0.0)
+    else:
+        x = tl.load(ptrs)
+    return x
+
+
+@triton.jit
+def _tanh(x, PRECISE: tl.constexpr):
+    """tanh for any x; the exponential may overflow to inf, which gives the right 1."""
+    y = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * _LOG2E)))
+    if PRECISE:
+        # The difference above cancels near 0, where its absolute error of 1e-7 is a large relative
+        # one. It matters to float32 only.
+        xx = x * x
+        series = x + x * xx * (-1 / 3 + xx * (2 / 15 + xx * (-17 / 315 + xx * (62 / 2835))))
+        y = tl.where(xx < 0.04, series, y)
+    return y
+
+
+@triton.jit
+def _finite(x):
+    """x, or 0 where x is -inf, so that ``exp2(y - x)`` of an empty row is 0 and never NaN."""
+    return tl.where(x == float("-inf"), 0.0, x)
+
+
+@triton.jit
+def _normaliser(m, l, head, head_mask, sinks_ptr, v_scale_ptr):
+    """(factor, lse): ``out = acc * factor`` for sums taken relative to 2**m. Adds the sink."""
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head, mask=head_mask).to(tl.float32) * _LOG2E
+        total_m = tl.maximum(m, sink)
+        base = _finite(total_m)
+        factor = tl.exp2(m - base)
+        total = l * factor + tl.exp2(sink - base)
+    else:
+        base = m
+        factor = 1.0
+        total = l
+    lse = tl.where(total == 0.0, float("-inf"), (base + tl.log2(total)) * _LN2)
+    factor = factor / tl.where(total == 0.0, 1.0, total)
+    if v_scale_ptr is not None:
+        factor = factor * tl.load(v_scale_ptr).to(tl.float32)
+    return factor, lse
+
+
+@triton.jit
+def _block_ids(table_ptr, tile, lo, hi, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The cache block of each key of a tile, one for all if the tile lies in one block."""
+    if BLOCK_SIZE % BLOCK_N == 0:
+        ids = tl.load(table_ptr + tile // (BLOCK_SIZE // BLOCK_N), tile * BLOCK_N < hi, other=0)
+    else:
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        ids = tl.load(table_ptr + n // BLOCK_SIZE, (n >= lo) & (n < hi), other=0)
+    return ids
+
+
+@triton.jit
+def _attend(
+    tile,
+    block,
+    q1,
+    q2,
+    acc1,
+    acc2,
+    m,
+    l,
+    pos,
+    slope,
+    key_ptr,
+    value_ptr,
+    lo,
+    hi,
+    window,
+    logit_scale,
+    softcap,
+    K_BLOCK: tl.constexpr,
+    K_SLOT: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    V_SLOT: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    ALIBI_SQRT: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One online-softmax step over the keys ``tile * BLOCK_N + [0, BLOCK_N)``.
+
+    ``block`` is what ``_block_ids`` gave for the tile. q1, acc1 are the head dimension's first part,
+    q2, acc2 its second, or 0.
+
+    Without MASKED the caller vouches that every row sees every key of the tile. With it, nothing
+    outside ``[lo, hi)``, the keys that some row of the program sees, is loaded.
+    """
+    dtype: tl.constexpr = q1.dtype
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = (n >= lo) & (n < hi)
+    if BLOCK_SIZE % BLOCK_N == 0:
+        slot = tile % (BLOCK_SIZE // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    else:
+        slot = n % BLOCK_SIZE
+    k_offs = block.to(tl.int64) * K_BLOCK + slot * K_SLOT
+    v_offs = block.to(tl.int64) * V_BLOCK + slot * V_SLOT
+    d1 = tl.arange(0, D1)
+    PADDED1: tl.constexpr = D1 > HEAD_SIZE
+    PADDED2: tl.constexpr = D1 + D2 > HEAD_SIZE
+
+    k1 = _load_rows(key_ptr, k_offs, d1, live, HEAD_SIZE, MASKED, PADDED1).to(dtype)
+    s = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+    if D2 > 0:
+        d2 = D1 + tl.arange(0, D2)
+        k2 = _load_rows(key_ptr, k_offs, d2, live, HEAD_SIZE, MASKED, PADDED2).to(dtype)
+        s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee")
+
+    # s is in units of log2 from here on, softmax being exp2.
+    if HAS_SOFTCAP:
+        s = _tanh(s * (logit_scale / softcap), dtype == tl.float32) * (softcap * _LOG2E)
+    else:
+        s = s * (logit_scale * _LOG2E)
+    distance = pos[:, None] - n[None, :]
+    if HAS_ALIBI:
+        penalty = tl.abs(distance).to(tl.float32)
+        if ALIBI_SQRT:
+            penalty = tl.sqrt(penalty)
+        s = s - (slope * _LOG2E)[:, None] * penalty
+    if MASKED:
+        visible = live[None, :]
+        if CAUSAL:
+            visible = visible & (distance >= 0)
+        if HAS_WINDOW:
+            visible = visible & (distance < window)
+            if not CAUSAL:
+                visible = visible & (distance > -window)
+        s = tl.where(visible, s, float("-inf"))
+
+    new_m = tl.maximum(m, tl.max(s, 1))
+    base = new_m
+    if MASKED:
+        base = _finite(new_m)
+    alpha = tl.exp2(m - base)
+    p = tl.exp2(s - base[:, None])
+    l = l * alpha + tl.sum(p, 1)
+    p = p.to(dtype)
+    v1 = _load_rows(value_ptr, v_offs, d1, live, HEAD_SIZE, MASKED, PADDED1).to(dtype)
+    acc1 = tl.dot(p, v1, acc1 * alpha[:, None], input_precision="ieee")
+    if D2 > 0:
+        v2 = _load_rows(value_ptr, v_offs, d2, live, HEAD_SIZE, MASKED, PADDED2).to(dtype)
+        acc2 = tl.dot(p, v2, acc2 * alpha[:, None], input_precision="ieee")
+    return acc1, acc2, new_m, l
+
+
+# Arguments that change from step to step must not pick a new specialisation, and with it a
+# compilation in the middle of serving.
+_VARYING = ["window", "num_reqs", "num_splits", "stride_table", "stride_lt", "stride_lh"]
+_UNALIGNED = [
+    "block_table_ptr",
+    "seq_lens_ptr",
+    "query_start_loc_ptr",
+    "lse_ptr",
+    "alibi_slopes_ptr",
+    "sinks_ptr",
+    "k_scale_ptr",
+    "v_scale_ptr",
+]
+
+
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
+def _attention_kernel(
+    query_ptr,  # [num_tokens, num_heads, HEAD_SIZE]
+    key_cache_ptr,  # [num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE]
+    value_cache_ptr,
+    out_ptr,  # [num_tokens, num_heads, HEAD_SIZE]
+    lse_ptr,  # [num_tokens, num_heads] float32, or None
+    acc_ptr,  # [num_tokens, num_heads, num_splits, HEAD_SIZE] float32, used if SPLIT
+    max_ptr,  # [num_tokens, num_heads, num_splits] float32, log2 units, used if SPLIT
+    sum_ptr,
+    block_table_ptr,  # [num_reqs, max_blocks] int32
+    seq_lens_ptr,  # [num_reqs] int32
+    query_start_loc_ptr,  # [num_reqs + 1] int32
+    alibi_slopes_ptr,  # [num_heads] float32, or None
+    sinks_ptr,  # [num_heads], or None
+    k_scale_ptr,  # [1] float32, or None
+    v_scale_ptr,
+    scale,
+    softcap,
+    window,
+    num_reqs,
+    num_splits,
+    stride_table,
+    stride_qt,
+    stride_qh,
+    stride_ot,
+    stride_oh,
+    stride_lt,
+    stride_lh,
+    # The cache's strides are constants of a model; as constexpr they tell the compiler exactly how
+    # wide it may load, which for a head size such as 40 "divisible by 16 or not" does not.
+    K_BLOCK: tl.constexpr,
+    K_SLOT: tl.constexpr,
+    K_HEAD: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    V_SLOT: tl.constexpr,
+    V_HEAD: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads per KV head
+    HEAD_SIZE: tl.constexpr,
+    D1: tl.constexpr,  # the head dimension is done as a part of D1 and, if D2 > 0, one of D2
+    D2: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILES_PER_REQ: tl.constexpr,  # row tiles per request if the same for all, 0: ragged
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIBI_SQRT: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Attention of one tile of rows over one split of its keys. Grid: (tiles * KV heads, splits).
+
+    The KV head runs fastest: with the usual layouts, programs that run together then read
+    neighbouring memory.
+    """
+    HAS_ALIBI: tl.constexpr = alibi_slopes_ptr is not None
+    pid = tl.program_id(0)
+    kv_head = pid % NUM_KV_HEADS
+    tile = pid // NUM_KV_HEADS
+    if TILES_PER_REQ > 0:
+        req = tile // TILES_PER_REQ
+        q_start = tl.load(query_start_loc_ptr + req)
+        row0 = tile % TILES_PER_REQ * BLOCK_M
+    else:
+        # Last tiles first: under a causal mask they are the long ones.
+        tile = tl.num_programs(0) // NUM_KV_HEADS - 1 - tile
+        req = _find_request(query_start_loc_ptr, tile, num_reqs, GROUP, BLOCK_M)
+        q_start = tl.load(query_start_loc_ptr + req)
+        row0 = (tile - q_start * GROUP // BLOCK_M - req) * BLOCK_M
+    q_len = tl.load(query_start_loc_ptr + req + 1) - q_start
+    num_rows = q_len * GROUP
+    if row0 >= num_rows:
+        return
+    seq_len = tl.load(seq_lens_ptr + req)
+
+    rows = row0 + tl.arange(0, BLOCK_M)
+    row_mask = rows < num_rows
+    token = (q_start + rows // GROUP).to(tl.int64)
+    head = kv_head * GROUP + rows % GROUP
+    context = seq_len - q_len
+    pos = context + rows // GROUP
+
+    # Some row sees keys of [lo, hi) only; every row sees all of [full_lo, full_hi).
+    first_pos = context + row0 // GROUP
+    last_pos = context + (tl.minimum(row0 + BLOCK_M, num_rows) - 1) // GROUP
+    lo = seq_len * 0
+    hi = seq_len
+    full_lo = lo
+    full_hi = hi
+    if CAUSAL:
+        hi = tl.minimum(hi, last_pos + 1)
+        full_hi = tl.minimum(full_hi, first_pos + 1)
+    if HAS_WINDOW:
+        lo = tl.maximum(first_pos - window + 1, 0)
+        full_lo = tl.maximum(last_pos - window + 1, 0)
+        if not CAUSAL:
+            hi = tl.minimum(hi, last_pos + window)
+            full_hi = tl.minimum(full_hi, first_pos + window)
+
+    # The same in tiles of keys, of which this program takes its split: [begin, end), whose part
+    # [full_begin, full_end) needs no mask.
+    begin = lo // BLOCK_N
+    end = tl.maximum(tl.cdiv(tl.maximum(hi, 0), BLOCK_N), begin)
+    split = tl.program_id(1)
+    if SPLIT:
+        per_split = tl.cdiv(end - begin, num_splits)
+        begin = tl.minimum(begin + split * per_split, end)
+        end = tl.minimum(begin + per_split, end)
+    full_begin = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK_N), begin), end)
+    full_end = tl.minimum(tl.maximum(tl.maximum(full_hi, 0) // BLOCK_N, full_begin), end)
+
+    d1 = tl.arange(0, D1)
+    q_ptrs = query_ptr + token * stride_qt + head * stride_qh
+    q1 = tl.load(
+        q_ptrs[:, None] + d1[None, :], row_mask[:, None] & (d1 < HEAD_SIZE)[None, :], other=0.0
+    )
+    acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    if D2 > 0:
+        d2 = D1 + tl.arange(0, D2)
+        q2 = tl.load(
+            q_ptrs[:, None] + d2[None, :], row_mask[:, None] & (d2 < HEAD_SIZE)[None, :], other=0.0
+        )
+        acc2 = tl.zeros([BLOCK_M, D2], tl.float32)
+    else:
+        q2 = 0
+        acc2 = 0
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    slope = m
+    if HAS_ALIBI:
+        slope = tl.load(alibi_slopes_ptr + head, mask=row_mask, other=0.0).to(tl.float32)
+    logit_scale = scale
+    if k_scale_ptr is not None:
+        logit_scale = scale * tl.load(k_scale_ptr).to(tl.float32)
+    table_ptr = block_table_ptr + req.to(tl.int64) * stride_table
+    key_ptr = key_cache_ptr + kv_head.to(tl.int64) * K_HEAD
+    value_ptr = value_cache_ptr + kv_head.to(tl.int64) * V_HEAD
+
+    # Block ids are read one tile ahead, in registers: the loads of K and V then depend on no load
+    # of their own iteration, and the compiler can keep num_stages - 1 tiles of them in flight.
+    next_block = _block_ids(table_ptr, full_begin, lo, hi, BLOCK_SIZE, BLOCK_N)
+    for tile in range(full_begin, full_end):
+        block = next_block
+        next_block = _block_ids(table_ptr, tile + 1, lo, hi, BLOCK_SIZE, BLOCK_N)
+        acc1, acc2, m, l = _attend(
+            tile, block, q1, q2, acc1, acc2, m, l, pos, slope, key_ptr, value_ptr, lo, hi,
+            window, logit_scale, softcap, K_BLOCK, K_SLOT, V_BLOCK, V_SLOT, HEAD_SIZE, D1, D2,
+            BLOCK_SIZE, BLOCK_N, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI, ALIBI_SQRT, False,
+        )  # fmt: skip
+    # The edges: the tiles left of the full ones, then those right of them.
+    num_full = full_end - full_begin
+    tile = tl.where(begin < full_begin, begin, full_end)
+    next_block = _block_ids(table_ptr, tile, lo, hi, BLOCK_SIZE, BLOCK_N)
+    for i in range(begin, end - num_full):
+        block = next_block
+        next_tile = tl.where(i + 1 < full_begin, i + 1, i + 1 + num_full)
+        next_block = _block_ids(table_ptr, next_tile, lo, hi, BLOCK_SIZE, BLOCK_N)
+        acc1, acc2, m, l = _attend(
+            tile, block, q1, q2, acc1, acc2, m, l, pos, slope, key_ptr, value_ptr, lo, hi,
+            window, logit_scale, softcap, K_BLOCK, K_SLOT, V_BLOCK, V_SLOT, HEAD_SIZE, D1, D2,
+            BLOCK_SIZE, BLOCK_N, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI, ALIBI_SQRT, True,
+        )  # fmt: skip
+        tile = next_tile
+
+    if SPLIT:
+        part = (token * (NUM_KV_HEADS * GROUP) + head) * num_splits + split
+        tl.store(max_ptr + part, m, row_mask)
+        tl.store(sum_ptr + part, l, row_mask)
+        # The merge reads no sum of an empty split, so none is written.
+        row_mask = row_mask & (m != float("-inf"))
+        o_ptrs = acc_ptr + part * HEAD_SIZE
+    else:
+        factor, lse = _normaliser(m, l, head, row_mask, sinks_ptr, v_scale_ptr)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + token * stride_lt + head * stride_lh, lse, row_mask)
+        acc1 = acc1 * factor[:, None]
+        if D2 > 0:
+            acc2 = acc2 * factor[:, None]
+        o_ptrs = out_ptr + token * stride_ot + head * stride_oh
+    dtype: tl.constexpr = o_ptrs.dtype.element_ty
+    tl.store(
+        o_ptrs[:, None] + d1[None, :],
+        acc1.to(dtype),
+        row_mask[:, None] & (d1 < HEAD_SIZE)[None, :],
+    )
+    if D2 > 0:
+        tl.store(
+            o_ptrs[:, None] + d2[None, :],
+            acc2.to(dtype),
+            row_mask[:, None] & (d2 < HEAD_SIZE)[None, :],
+        )
+
+
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
+def _merge_kernel(
+    acc_ptr,  # [num_tokens, num_heads, num_splits, HEAD_SIZE] float32
+    max_ptr,  # [num_tokens, num_heads, num_splits] float32, log2 units
+    sum_ptr,
+    out_ptr,  # [num_tokens, num_heads, HEAD_SIZE]
+    lse_ptr,  # [num_tokens, num_heads] float32, or None
+    query_start_loc_ptr,  # [num_reqs + 1] int32
+    sinks_ptr,  # [num_heads], or None
+    v_scale_ptr,  # [1] float32, or None
+    num_reqs,
+    num_splits,
+    stride_ot,
+    stride_oh,
+    stride_lt,
+    stride_lh,
+    HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,  # HEAD_SIZE to the next power of two
+    BLOCK_S: tl.constexpr,
+):
+    """Adds up the splits of one token and head. Grid: (num_tokens, num_heads)."""
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    if token >= tl.load(query_start_loc_ptr + num_reqs):
+        return
+    token = token.to(tl.int64)
+    first = (token * tl.num_programs(1) + head) * num_splits
+    d = tl.arange(0, D)
+    m = tl.full((), float("-inf"), tl.float32)
+    l = tl.full((), 0.0, tl.float32)
+    acc = tl.zeros([D], tl.float32)
+    for start in range(0, num_splits, BLOCK_S):
+        split = start + tl.arange(0, BLOCK_S)
+        part = first + split
+        part_m = tl.load(max_ptr + part, mask=split < num_splits, other=float("-inf"))
+        part_l = tl.load(sum_ptr + part, mask=split < num_splits, other=0.0)
+        part_acc = tl.load(
+            acc_ptr + part[:, None] * HEAD_SIZE + d[None, :],
+            mask=(part_m != float("-inf"))[:, None] & (d < HEAD_SIZE)[None, :],
+            other=0.0,
+        )
+        new_m = tl.maximum(m, tl.max(part_m, 0))
+        base = _finite(new_m)
+        alpha = tl.exp2(m - base)
+        weight = tl.exp2(part_m - base)
+        l = l * alpha + tl.sum(part_l * weight, 0)
+        acc = acc * alpha + tl.sum(part_acc * weight[:, None], 0)
+        m = new_m
+    factor, lse = _normaliser(m, l, head, None, sinks_ptr, v_scale_ptr)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + token * stride_lt + head * stride_lh, lse)
+    tl.store(
+        out_ptr + token * stride_ot + head * stride_oh + d,
+        (acc * factor).to(out_ptr.dtype.element_ty),
+        d < HEAD_SIZE,
+    )
+
+
+# --------------------------------------------------------------------------------------
+# Tunables
+# --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a launch is tiled: rows and keys per tile (powers of two >= 16), and Triton's knobs."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest power of two >= n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _row_tile(rows: int, largest: int) -> int:
+    return min(max(_power_of_2(rows), 16), largest)
+
+
+def _float32_config(head_size: int, rows: int) -> Config:
+    """IEEE float32 has no tensor core: its tiles live in registers and must be small."""
+    return Config(
+        _row_tile(rows, 64 if head_size <= 64 else 16), 32 if head_size <= 128 else 16, 8, 2
+    )
+
+
+def decode_config(
+    head_size: int, group: int, dtype_bytes: int, block_size: int, max_query_len: int = 1
+) -> Config:
+    """Tiling where few rows share the keys and memory is the limit.
+
+    ``dtype_bytes`` is the query's, in which the keys are computed with. K and V tiles are 16 KiB,
+    of which ``num_stages - 1`` each are in flight; so an SM's shared memory holds three programs.
+    """
+    rows = group * max_query_len
+    if dtype_bytes == 4:
+        return _float32_config(head_size, rows)
+    block_m = _row_tile(rows, MAX_DECODE_ROWS)
+    if head_size > 256:
+        return Config(block_m, 32, 8, 2)
+    return Config(block_m, 8192 // max(_power_of_2(head_size), 64), 8 if block_m == 64 else 4, 3)
+
+
+def prefill_config(
+    head_size: int, group: int, dtype_bytes: int, block_size: int, max_query_len: int
+) -> Config:
+    """Tiling where many rows share the keys and the tensor cores are the limit."""
+    rows = group * max_query_len
+    if dtype_bytes == 4:
+        return _float32_config(head_size, rows)
+    if head_size > 256:
+        return Config(_row_tile(rows, 64), 32, 8, 2)
+    return Config(_row_tile(rows, 128), 64 if head_size <= 128 else 32, 8, 3)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Persistent float32 buffers for the partial results of split launches.
+
+    A launch needs ``num_tokens * num_heads * num_splits`` rows; which tokens and splits these are
+    is laid out anew by each launch, so fewer tokens leave room for more splits.
+    """
+
+    acc: torch.Tensor  # [rows, head_size]
+    max: torch.Tensor  # [rows], in units of log2
+    sum: torch.Tensor  # [rows]
+
+    @classmethod
+    def allocate(
+        cls,
+        max_reqs_tokens: int,
+        num_heads: int,
+        head_size: int,
+        max_splits: int,
+        device: torch.device | str,
+    ) -> Workspace:
+        """Room for ``max_reqs_tokens`` query tokens in ``max_splits`` splits each."""
+        rows = max_reqs_tokens * num_heads * max_splits
+
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
+        return cls(empty(rows, head_size), empty(rows), empty(rows))
+
+    def splits_for(self, num_tokens: int, num_heads: int, head_size: int) -> int:
+        """The most splits that a launch of this size has room for."""
+        rows = min(self.acc.numel() // head_size, self.max.numel(), self.sum.numel())
+        return rows // (num_tokens * num_heads)
+
+
+@cache
+def _num_sms(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _head_parts(head_size: int) -> tuple[int, int]:
+    """(D1, D2), powers of two >= 16 (or D2 = 0) that cover the head size: 80 = 64 + 16."""
+    padded = max(_power_of_2(head_size), 16)
+    part1 = padded // 2
+    part2 = max(_power_of_2(head_size - part1), 16)
+    return (part1, part2) if part1 >= 16 and part1 + part2 < padded else (padded, 0)
+
+
+# --------------------------------------------------------------------------------------
+# Entry
+# --------------------------------------------------------------------------------------
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    max_query_len: int,
+    max_seq_len: int,
+    scale: float,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    alibi_sqrt: bool = False,
+    sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
+    num_splits: int | None = None,
+    config: Config | None = None,
+) -> None:
+    """Attention of a ragged batch of queries over a paged KV cache; see the module for the formula.
+
+    Request i has the query tokens ``query_start_loc[i]:query_start_loc[i + 1]`` (perhaps none), the
+    last of the ``seq_lens[i]`` positions whose keys lie in the blocks ``block_table[i]``.
+
+    Args:
+        query: [num_tokens, num_heads, head_size], float16, bfloat16 or float32; unit stride in the
+            last dimension, like all tensors with a head dimension here. num_tokens may exceed
+            ``query_start_loc[-1]``; rows past that are neither read nor written.
+        key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_size] in the query's
+            dtype, float8_e4m3fn or float8_e5m2.
+        out: [>= num_tokens, num_heads, head_size], any float dtype.
+        block_table: [num_reqs, max_blocks] int32, unit stride in the last dimension. Entries for
+            blocks that no query sees are not used.
+        seq_lens, query_start_loc: [num_reqs], [num_reqs + 1] int32, contiguous, on the device.
+        max_query_len, max_seq_len: upper bounds over the requests, known to the host. The first
+            must hold; the second only guides the number of splits.
+        scale: factor of the logits.
+        sliding_window: keys seen at most, the query's own included; None or <= 0: no window.
+        softcap: None or 0: no cap.
+        alibi_slopes: [num_heads] float; alibi_sqrt takes the distance's square root.
+        sinks: [num_heads], a logit per head that only joins the denominator.
+        k_scale, v_scale: one float each, on the device: what the cached values are multiplied by.
+        lse: [num_tokens, num_heads] float32, any strides; written if given.
+        workspace: buffers for split launches, else they are allocated. One too small lowers the
+            number of splits.
+        num_splits: programs that share the keys of one row tile; None: chosen to fill the GPU.
+        config: tiling, in place of ``decode_config`` or ``prefill_config``.
+    """
+    num_tokens, num_heads, head_size = query.shape
+    _, block_size, num_kv_heads, _ = key_cache.shape
+    num_reqs = seq_lens.shape[0]
+    if num_heads % num_kv_heads != 0:
+        raise ValueError(f"{num_heads} heads cannot share {num_kv_heads} KV heads evenly")
+    if not 1 <= head_size <= MAX_HEAD_SIZE:
+        raise ValueError(f"head size {head_size} is not in 1..{MAX_HEAD_SIZE}")
+    if key_cache.shape != value_cache.shape or key_cache.shape[3] != head_size:
+        raise ValueError(
+            f"caches {tuple(key_cache.shape)}, {tuple(value_cache.shape)} do not fit the query's "
+            f"head size {head_size}"
+        )
+    if query.dtype not in _QUERY_DTYPES:
+        raise ValueError(f"query dtype {query.dtype} is not one of {_QUERY_DTYPES}")
+    if key_cache.dtype != value_cache.dtype or key_cache.dtype not in (query.dtype, *_CACHE_DTYPES):
+        raise ValueError(
+            f"cache dtypes {key_cache.dtype}, {value_cache.dtype} do not fit query {query.dtype}"
+        )
+    if any(x.stride(-1) != 1 for x in (query, key_cache, value_cache, out, block_table)):
+        raise ValueError("the last dimension must have unit stride")
+    if num_tokens == 0 or num_reqs == 0 or max_query_len <= 0:
+        return
+
+    group = num_heads // num_kv_heads
+    window = sliding_window if sliding_window is not None and sliding_window > 0 else 0
+    decode = max_query_len == 1 or max_query_len * group <= MAX_DECODE_ROWS
+    if config is None:
+        choose = decode_config if decode else prefill_config
+        config = choose(head_size, group, query.element_size(), block_size, max_query_len)
+    if decode:
+        tiles_per_req = -(-max_query_len * group // config.block_m)
+        num_tiles = num_reqs * tiles_per_req
+    else:
+        tiles_per_req = 0
+        num_tiles = num_tokens * group // config.block_m + num_reqs
+
+    if num_splits is None:
+        num_keys = min(max_seq_len, window + max_query_len) if window else max_seq_len
+        per_sm = DECODE_PROGRAMS_PER_SM if decode else PREFILL_PROGRAMS_PER_SM
+        programs = num_tiles * num_kv_heads
+        target = _num_sms(query.device) * per_sm
+        num_splits = -(-target // programs) if decode else target // programs
+        num_splits = min(num_splits, num_keys // MIN_SPLIT_KEYS, MAX_SPLITS)
+    if workspace is not None:
+        num_splits = min(num_splits, workspace.splits_for(num_tokens, num_heads, head_size))
+    num_splits = max(num_splits, 1)
+    split = num_splits > 1
+    if split and workspace is None:
+        workspace = Workspace.allocate(num_tokens, num_heads, head_size, num_splits, query.device)
+
+    acc, part_max, part_sum = (
+        (workspace.acc, workspace.max, workspace.sum)
+        if split and workspace is not None
+        else (None, None, None)
+    )
+    lse_strides = (0, 0) if lse is None else lse.stride()
+    part1, part2 = _head_parts(head_size)
+    _attention_kernel[(num_tiles * num_kv_heads, num_splits)](
+        query,
+        key_cache,
+        value_cache,
+        out,
+        lse,
+        acc,
+        part_max,
+        part_sum,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        alibi_slopes,
+        sinks,
+        k_scale,
+        v_scale,
+        float(scale),
+        float(softcap or 0.0),
+        window,
+        num_reqs,
+        num_splits,
+        block_table.stride(0),
+        query.stride(0),
+        query.stride(1),
+        out.stride(0),
+        out.stride(1),
+        *lse_strides,
+        *key_cache.stride()[:3],
+        *value_cache.stride()[:3],
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        HEAD_SIZE=head_size,
+        D1=part1,
+        D2=part2,
+        BLOCK_SIZE=block_size,
+        TILES_PER_REQ=tiles_per_req,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        CAUSAL=causal,
+        HAS_WINDOW=window > 0,
+        HAS_SOFTCAP=bool(softcap),
+        ALIBI_SQRT=alibi_sqrt,
+        SPLIT=split,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if split:
+        _merge_kernel[(num_tokens, num_heads)](
+            acc,
+            part_max,
+            part_sum,
+            out,
+            lse,
+            query_start_loc,
+            sinks,
+            v_scale,
+            num_reqs,
+            num_splits,
+            out.stride(0),
+            out.stride(1),
+            *lse_strides,
+            HEAD_SIZE=head_size,
+            D=_power_of_2(head_size),
+            BLOCK_S=16,
+            num_warps=4,
+        )

@@ -1,0 +1,194 @@
+"""From vLLM's CommonAttentionMetadata to the phases of one step, without asking the device."""
+
+import copy
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from xfv1.ops.base import DECODE, PREFILL, Batch
+
+
+@dataclass
+class Phase:
+    """Some consecutive requests of a step, and their tokens.
+
+    rows: the tokens' rows. query_start_loc: [num_reqs + 1] int32, first 0; *_cpu: on the host.
+    seq_lens: [num_reqs] int32. block_table: [num_reqs, max_blocks] int32. plans: see
+    `xfv1.ops.base.Call`.
+    """
+
+    batch: Batch
+    rows: slice
+    query_start_loc: torch.Tensor
+    query_start_loc_cpu: torch.Tensor
+    seq_lens: torch.Tensor
+    seq_lens_cpu: torch.Tensor | None
+    block_table: torch.Tensor
+    plans: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass
+class XFormersMetadata(AttentionMetadata):
+    """One step's batch, whole and in phases.
+
+    whole: all requests as one ragged phase. phases: the same as decodes, then prefills, whichever
+    there are. slot_mapping: [num_tokens] int64 (vLLM's cross attention replaces it).
+    """
+
+    num_actual_tokens: int
+    max_query_len: int
+    max_seq_len: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    causal: bool
+    whole: Phase
+    phases: list[Phase]
+
+
+class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
+    """Builds a step's metadata from host facts and views of vLLM's persistent buffers."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    supports_update_block_table: bool = True
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # Verification of drafts, 1 + num_speculative_tokens to a request, decodes too.
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> XFormersMetadata:
+        """The step's metadata. Never waits for the device.
+
+        Raises:
+            NotImplementedError: for causality that differs between requests.
+        """
+        common = common_attn_metadata
+        if isinstance(common.causal, torch.Tensor):
+            raise NotImplementedError("causal differs between requests: expected True or False")
+        bound = common.seq_lens_cpu_upper_bound
+        num_reqs = common.num_reqs
+        starts = common.query_start_loc_cpu[: num_reqs + 1]
+        whole = Phase(
+            batch=Batch(
+                PREFILL if common.max_query_len > 1 else DECODE,
+                num_reqs=num_reqs,
+                max_query_len=common.max_query_len,
+                max_seq_len=common.max_seq_len,
+                uniform=common.num_actual_tokens == num_reqs * common.max_query_len,
+                fresh=_is_fresh(starts, bound, num_reqs),
+            ),
+            rows=slice(0, common.num_actual_tokens),
+            query_start_loc=common.query_start_loc[: num_reqs + 1],
+            query_start_loc_cpu=starts,
+            seq_lens=common.seq_lens[:num_reqs],
+            seq_lens_cpu=None if bound is None else bound[:num_reqs],
+            block_table=common.block_table_tensor[:num_reqs],
+        )
+        decodes, _, decode_tokens, _ = split_decodes_and_prefills(
+            common, decode_threshold=self.reorder_batch_threshold or 1, require_uniform=True
+        )
+        return XFormersMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            max_seq_len=common.max_seq_len,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+            causal=common.causal,
+            whole=whole,
+            phases=_split(whole, decodes, decode_tokens),
+        )
+
+    def update_block_table(
+        self, metadata: XFormersMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> XFormersMetadata:
+        """The same batch in another cache group: other blocks, other plans."""
+        updated = copy.copy(metadata)
+        updated.block_table, updated.slot_mapping = blk_table, slot_mapping
+        num_reqs = metadata.whole.batch.num_reqs
+        updated.whole = replace(metadata.whole, block_table=blk_table[:num_reqs], plans={})
+        first = 0
+        updated.phases = []
+        for phase in metadata.phases:
+            last = first + phase.batch.num_reqs
+            updated.phases.append(replace(phase, block_table=blk_table[first:last], plans={}))
+            first = last
+        return updated
+
+
+def _is_fresh(starts: torch.Tensor, bound: torch.Tensor | None, num_reqs: int) -> bool:
+    """Whether no request has context, as far as the host knows."""
+    if bound is None:
+        return False
+    return bool((bound[:num_reqs] <= starts[1:] - starts[:-1]).all())
+
+
+def _split(whole: Phase, decodes: int, decode_tokens: int) -> list[Phase]:
+    num_reqs = whole.batch.num_reqs
+    if decodes == num_reqs:
+        return [replace(whole, batch=replace(whole.batch, phase=DECODE), plans={})]
+    if decodes == 0:
+        return [replace(whole, batch=replace(whole.batch, phase=PREFILL), plans={})]
+    query_len = decode_tokens // decodes
+    bound = whole.seq_lens_cpu
+    # The decodes' longest, not the batch's: it sizes their splits.
+    longest = whole.batch.max_seq_len if bound is None else int(bound[:decodes].max())
+    starts = whole.query_start_loc_cpu
+    prefill_starts = starts[decodes:] - starts[decodes]
+    prefill_bound = None if bound is None else bound[decodes:]
+    decode = Phase(
+        batch=Batch(
+            DECODE,
+            num_reqs=decodes,
+            max_query_len=query_len,
+            max_seq_len=longest,
+            uniform=decodes * query_len == decode_tokens,
+        ),
+        rows=slice(0, decode_tokens),
+        query_start_loc=whole.query_start_loc[: decodes + 1],
+        query_start_loc_cpu=starts[: decodes + 1],
+        seq_lens=whole.seq_lens[:decodes],
+        seq_lens_cpu=None if bound is None else bound[:decodes],
+        block_table=whole.block_table[:decodes],
+    )
+    prefill = Phase(
+        batch=Batch(
+            PREFILL,
+            num_reqs=num_reqs - decodes,
+            max_query_len=whole.batch.max_query_len,
+            max_seq_len=whole.batch.max_seq_len,
+            uniform=False,
+            fresh=_is_fresh(prefill_starts, prefill_bound, num_reqs - decodes),
+        ),
+        rows=slice(decode_tokens, whole.rows.stop),
+        query_start_loc=whole.query_start_loc[decodes:] - decode_tokens,
+        query_start_loc_cpu=prefill_starts,
+        seq_lens=whole.seq_lens[decodes:],
+        seq_lens_cpu=prefill_bound,
+        block_table=whole.block_table[decodes:],
+    )
+    return [decode, prefill]

@@ -1,0 +1,157 @@
+"""What an op is told, and what it has to answer."""
+
+import functools
+import os
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+DECODE, PREFILL, ENCODER = "decode", "prefill", "encoder"
+PHASES = (DECODE, PREFILL, ENCODER)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where the tensors are. kind: "cuda", "hip" or "cpu"; capability: (major, minor), (0, 0) on
+    a CPU. interpreted: Triton kernels run in Triton's interpreter, on CPU tensors."""
+
+    kind: str
+    capability: tuple[int, int] = (0, 0)
+    interpreted: bool = False
+
+
+@functools.cache
+def device_of(kind: str, index: int | None = None) -> Device:
+    """The facts of a torch device type; asked once per process."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if kind != "cuda":
+        return Device("cpu", interpreted=interpreted)
+    capability = torch.cuda.get_device_capability(index)
+    return Device("hip" if torch.version.hip else "cuda", capability)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What does not change from step to step: one attention layer and its cache.
+
+    dtype: of query, key, value and output. kv_dtype: what the cache stores, a torch float8 dtype
+    or the same as dtype. block_size: 0 where there is no cache. causal: decoder attention.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    block_size: int
+    sliding_window: int | None = None
+    softcap: float | None = None
+    alibi: bool = False
+    alibi_sqrt: bool = False
+    sinks: bool = False
+    causal: bool = True
+
+    @property
+    def quantized(self) -> bool:
+        return self.kv_dtype.itemsize == 1
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an op may decide by, of one phase of one step; host facts only.
+
+    uniform: every request has max_query_len tokens. fresh: no request has context, and key and
+    value hold all there is to attend to. token_major: the cache can be viewed as
+    [num_blocks * block_size, num_kv_heads, head_size]. lse: the caller wants the LSE too.
+    """
+
+    phase: str
+    num_reqs: int = 1
+    max_query_len: int = 1
+    max_seq_len: int = 1
+    uniform: bool = True
+    fresh: bool = False
+    token_major: bool = True
+    lse: bool = False
+
+
+@dataclass
+class Call:
+    """One phase of one layer's forward: the tensors.
+
+    query, out: [num_tokens, num_heads, head_size]. key, value: [num_tokens, num_kv_heads,
+    head_size], this step's own. key_cache, value_cache: [num_blocks, block_size, num_kv_heads,
+    head_size] views, None for an encoder. query_start_loc: [num_reqs + 1], seq_lens: [num_reqs],
+    block_table: [num_reqs, max_blocks], all int32 on the device; *_cpu: the same on the host,
+    seq_lens_cpu an upper bound that is exact for prefills, or None. k_scale, v_scale: float32
+    device tensors of one element. lse: [num_tokens, num_heads] float32 to fill, or None.
+    plans: kept for all layers of one step, so that what depends on the batch alone is made once.
+    """
+
+    layer: Layer
+    batch: Batch
+    query: torch.Tensor
+    key: torch.Tensor | None
+    value: torch.Tensor | None
+    key_cache: torch.Tensor | None
+    value_cache: torch.Tensor | None
+    out: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    query_start_loc_cpu: torch.Tensor
+    seq_lens_cpu: torch.Tensor | None
+    scale: float
+    alibi_slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+    plans: dict[Any, Any] = field(default_factory=dict)
+
+
+class Op(Protocol):
+    """One way to compute attention.
+
+    name: what XFV1_OPS calls it. ragged: takes decodes and prefills in one call.
+    """
+
+    name: str
+    ragged: bool
+
+    def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
+        """Why not, in words; empty if it can. Looks at nothing but its arguments and what is
+        installed, and never at the device's memory."""
+        ...
+
+    def run(self, call: Call) -> None:
+        """Fill call.out (and call.lse). Rows past the last request's stay as they are."""
+        ...
+
+
+def feature_reasons(layer: Layer, *supported: str) -> list[str]:
+    """One reason for each feature of the layer that is not among the supported ones."""
+    present = {
+        "sliding_window": layer.sliding_window is not None,
+        "softcap": layer.softcap is not None,
+        "alibi": layer.alibi,
+        "alibi_sqrt": layer.alibi_sqrt,
+        "sinks": layer.sinks,
+        "fp8": layer.quantized,
+        "noncausal": not layer.causal,
+    }
+    words = {
+        "sliding_window": "sliding windows",
+        "softcap": "logits softcap",
+        "alibi": "ALiBi",
+        "alibi_sqrt": "ALiBi's sqrt form",
+        "sinks": "attention sinks",
+        "fp8": "fp8 KV caches",
+        "noncausal": "non-causal attention",
+    }
+    return [f"no {words[name]}" for name, on in present.items() if on and name not in supported]

@@ -1,0 +1,86 @@
+"""Keys and values of a prefill, contiguous: its own, or gathered from the pages."""
+
+from typing import Any
+
+import torch
+
+from xfv1.ops.base import ENCODER, Call
+from xfv1.ops.xformers_base import query_info
+
+
+def contiguous_kv(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """[num_keys, num_kv_heads, head_size] of the query's dtype, request after request.
+
+    What a request has in the cache is gathered by indices made once a step; their number is known
+    on the host, for the length of a prefill is, so nothing waits for the device.
+    """
+    if call.batch.phase == ENCODER or call.batch.fresh:
+        assert call.key is not None and call.value is not None
+        rows = int(call.query_start_loc_cpu[-1])
+        return call.key[:rows], call.value[:rows]
+    assert call.key_cache is not None and call.value_cache is not None
+    blocks, offsets = _slots(call)
+    key, value = call.key_cache[blocks, offsets], call.value_cache[blocks, offsets]
+    if call.layer.quantized:
+        assert call.k_scale is not None and call.v_scale is not None
+        key = (key.float() * call.k_scale).to(call.layer.dtype)
+        value = (value.float() * call.v_scale).to(call.layer.dtype)
+    return key, value
+
+
+def contiguous_bias(call: Call) -> Any:
+    """xFormers' mask for `contiguous_kv`, made once a step and kind of layer."""
+    from xformers.ops.fmha import attn_bias
+
+    window = call.layer.sliding_window
+    plan = ("contiguous_bias", call.layer.causal, window)
+    if plan not in call.plans:
+        fresh = call.batch.phase == ENCODER or call.batch.fresh
+        queries = query_info(call)
+        keys = queries if fresh else _key_info(call)
+        if not call.layer.causal:
+            bias: Any = attn_bias.BlockDiagonalMask(q_seqinfo=queries, k_seqinfo=keys)
+        elif window is None:
+            bias = attn_bias.BlockDiagonalCausalFromBottomRightMask(
+                q_seqinfo=queries, k_seqinfo=keys
+            )
+        else:
+            bias = attn_bias.BlockDiagonalCausalLocalAttentionFromBottomRightMask(
+                q_seqinfo=queries, k_seqinfo=keys, _window_size=window
+            )
+        call.plans[plan] = bias
+    return call.plans[plan]
+
+
+def _key_info(call: Call) -> Any:
+    from xformers.ops.fmha.attn_bias import _SeqLenInfo
+
+    assert call.seq_lens_cpu is not None
+    lens = call.seq_lens_cpu
+    starts = torch.zeros(len(lens) + 1, dtype=torch.int32)
+    torch.cumsum(lens, 0, out=starts[1:])
+    return _SeqLenInfo(
+        seqstart=starts.to(call.seq_lens.device, non_blocking=True),
+        max_seqlen=int(lens.max()),
+        min_seqlen=int(lens.min()),
+        seqstart_py=starts.tolist(),
+    )
+
+
+def _slots(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block and offset of every key of the batch: [num_keys] each."""
+    if "slots" not in call.plans:
+        assert call.seq_lens_cpu is not None and call.key_cache is not None
+        size = call.key_cache.shape[1]
+        lens = call.seq_lens_cpu.tolist()
+        total = sum(lens)
+        # Made on the host, where all of it is known, in one copy: request, then position.
+        lengths = torch.tensor(lens)
+        requests = torch.repeat_interleave(torch.arange(len(lens)), lengths)
+        starts = torch.cumsum(lengths, 0) - lengths
+        positions = torch.arange(total) - starts[requests]
+        both = torch.stack([requests, positions]).to(call.block_table.device, non_blocking=True)
+        blocks = call.block_table[both[0], both[1] // size].long()
+        call.plans["slots"] = blocks, both[1] % size
+    slots: tuple[torch.Tensor, torch.Tensor] = call.plans["slots"]
+    return slots

@@ -1,0 +1,73 @@
+"""xfv1's own Triton kernel over the paged cache: whatever the others refuse."""
+
+import importlib.util
+
+import torch
+
+from xfv1.ops.base import ENCODER, Batch, Call, Device, Layer
+
+
+class TritonPaged:
+    name = "triton"
+    ragged = True
+
+    def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
+        reasons = []
+        if importlib.util.find_spec("triton") is None:
+            reasons.append("triton is not installed")
+        if device.kind == "cpu" and not device.interpreted:
+            reasons.append("runs on a CPU only under TRITON_INTERPRET=1")
+        if device.kind == "cpu" and torch.bfloat16 in (layer.dtype, layer.kv_dtype):
+            reasons.append("Triton's interpreter multiplies bfloat16 wrongly")
+        if device.kind == "cuda" and layer.kv_dtype == torch.float8_e4m3fn:
+            if device.capability < (8, 9):
+                reasons.append("Triton converts float8_e4m3 from compute capability 8.9 on")
+        if not 1 <= layer.head_size <= 512:
+            reasons.append(f"head size {layer.head_size}: 1 to 512")
+        return reasons
+
+    def run(self, call: Call) -> None:
+        from xfv1.kernels.paged import paged_attention
+
+        layer, batch = call.layer, call.batch
+        key_cache, value_cache, block_table = call.key_cache, call.value_cache, call.block_table
+        if batch.phase == ENCODER:
+            # An encoder's keys lie in the rows of its queries: pages of one token each.
+            assert call.key is not None and call.value is not None
+            key_cache, value_cache = call.key[:, None], call.value[:, None]
+            block_table = _row_table(call)
+        assert key_cache is not None and value_cache is not None
+        paged_attention(
+            call.query,
+            key_cache,
+            value_cache,
+            out=call.out,
+            block_table=block_table,
+            seq_lens=call.seq_lens,
+            query_start_loc=call.query_start_loc,
+            max_query_len=batch.max_query_len,
+            max_seq_len=batch.max_seq_len,
+            scale=call.scale,
+            causal=layer.causal,
+            sliding_window=layer.sliding_window,
+            softcap=layer.softcap,
+            alibi_slopes=call.alibi_slopes,
+            alibi_sqrt=layer.alibi_sqrt,
+            sinks=call.sinks,
+            k_scale=call.k_scale if layer.quantized else None,
+            v_scale=call.v_scale if layer.quantized else None,
+            lse=call.lse,
+        )
+
+
+def _row_table(call: Call) -> torch.Tensor:
+    """[num_reqs, max_query_len] int32: the row of each request's each token."""
+    table = call.plans.get("row_table")
+    if table is None:
+        steps = torch.arange(
+            call.batch.max_query_len, dtype=torch.int32, device=call.query_start_loc.device
+        )
+        table = call.query_start_loc[:-1, None] + steps
+        call.plans["row_table"] = table
+    assert isinstance(table, torch.Tensor)
+    return table

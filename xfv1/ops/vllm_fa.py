@@ -1,0 +1,87 @@
+"""The FlashAttention 2 and 3 that every CUDA wheel of vLLM carries, over the paged cache."""
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+
+from xfv1.ops.base import ENCODER, Batch, Call, Device, Layer, feature_reasons
+from xfv1.ops.xformers_base import dtype_reasons
+
+
+@functools.cache
+def _unavailable(version: int) -> str | None:
+    """Why vLLM's build of FlashAttention `version` cannot run here, or None."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vllm is not installed"
+    try:
+        from vllm.vllm_flash_attn.flash_attn_interface import fa_version_unsupported_reason
+    except (ImportError, OSError) as error:
+        return f"vLLM's FlashAttention does not load: {error}"
+    reason: str | None = fa_version_unsupported_reason(version)
+    return reason
+
+
+class VllmFlashAttention:
+    ragged = True
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.name = f"vllm_fa{version}"
+
+    def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
+        if device.kind != "cuda":
+            return [f"runs on cuda, not on {device.kind}"]
+        reasons = []
+        if self.version == 3 and device.capability != (9, 0):
+            reasons.append("needs compute capability 9.0")
+        if self.version == 2 and device.capability < (8, 0):
+            reasons.append("needs compute capability 8.0")
+        if not reasons and (missing := _unavailable(self.version)):
+            reasons.append(missing)
+        reasons += dtype_reasons(layer, torch.float16, torch.bfloat16)
+        more = ("alibi",) if self.version == 2 else ("sinks",)
+        reasons += feature_reasons(layer, "sliding_window", "softcap", "noncausal", *more)
+        if layer.head_size % 8 or layer.head_size > 256:
+            reasons.append(f"head size {layer.head_size}: multiples of 8 to 256")
+        if batch.phase != ENCODER and layer.block_size % 16:
+            reasons.append(f"block size {layer.block_size}: a multiple of 16")
+        return reasons
+
+    def run(self, call: Call) -> None:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+        layer = call.layer
+        window = [-1, -1]
+        if layer.sliding_window is not None:
+            reach = layer.sliding_window - 1
+            window = [reach, 0 if layer.causal else reach]
+        keys: dict[str, Any]
+        if call.batch.phase == ENCODER:
+            keys = {"k": call.key, "v": call.value, "cu_seqlens_k": call.query_start_loc}
+        else:
+            keys = {
+                "k": call.key_cache,
+                "v": call.value_cache,
+                "seqused_k": call.seq_lens,
+                "block_table": call.block_table,
+            }
+        result = flash_attn_varlen_func(
+            q=call.query,
+            out=call.out,
+            cu_seqlens_q=call.query_start_loc,
+            max_seqlen_q=call.batch.max_query_len,
+            max_seqlen_k=call.batch.max_seq_len,
+            softmax_scale=call.scale,
+            causal=layer.causal,
+            window_size=window,
+            softcap=layer.softcap or 0.0,
+            alibi_slopes=call.alibi_slopes,
+            s_aux=call.sinks,
+            return_softmax_lse=call.lse is not None,
+            fa_version=self.version,
+            **keys,
+        )
+        if call.lse is not None:
+            call.lse.copy_(result[1].transpose(0, 1)[: call.lse.shape[0]])

@@ -1,0 +1,116 @@
+"""What the xFormers ops share: shapes, sequence infos without a sync, and the call."""
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from xfv1.ops.base import Batch, Call, Device, Layer
+
+
+def installed_reasons(device: Device) -> list[str]:
+    if importlib.util.find_spec("xformers") is None:
+        return ["xformers is not installed"]
+    return []
+
+
+def dtype_reasons(layer: Layer, *dtypes: torch.dtype) -> list[str]:
+    if layer.dtype in dtypes:
+        return []
+    return [f"{layer.dtype}: takes {', '.join(map(str, dtypes))}"]
+
+
+def grouped(call: Call) -> torch.Tensor:
+    """query as xFormers' [1, num_tokens, num_kv_heads, group, head_size]."""
+    return call.query.unflatten(1, (call.layer.num_kv_heads, call.layer.group))[None]
+
+
+def shared(tensor: torch.Tensor, group: int) -> torch.Tensor:
+    """[tokens, num_kv_heads, head_size] as [1, tokens, num_kv_heads, group, head_size], no copy."""
+    return tensor[None, :, :, None].expand(-1, -1, -1, group, -1)
+
+
+def query_info(call: Call) -> Any:
+    """xFormers' description of the queries' lengths."""
+    from xformers.ops.fmha.attn_bias import _SeqLenInfo
+
+    starts = call.query_start_loc_cpu
+    lens = starts[1:] - starts[:-1]
+    return _SeqLenInfo(
+        seqstart=call.query_start_loc,
+        max_seqlen=call.batch.max_query_len,
+        min_seqlen=int(lens.min()),
+        seqstart_py=starts.tolist(),
+    )
+
+
+def pages_info(call: Call, width: int) -> Any:
+    """xFormers' description of the keys' lengths in pages; the lengths stay on the device.
+
+    width: tokens a row of the block table has room for.
+    """
+    from xformers.ops.fmha.attn_bias import _PaddedSeqLenInfo
+
+    num_reqs = call.seq_lens.numel()
+    starts = list(range(0, width * num_reqs + 1, width))
+    return _PaddedSeqLenInfo(
+        seqstart=torch.arange(0, len(starts), device=call.seq_lens.device, dtype=torch.int32) * width,
+        # Nothing below reads lengths on the host but their maximum; a bound will do.
+        max_seqlen=call.batch.max_seq_len,
+        min_seqlen=0,
+        seqstart_py=starts,
+        seqlen=call.seq_lens,
+        seqlen_py=[call.batch.max_seq_len] * num_reqs,
+        padding=width,
+    )
+
+
+def paged_inputs(call: Call) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """(key, value, bias) over the paged cache: no copy, no sync. The bias is made once a step."""
+    from xformers.ops.fmha.attn_bias import (
+        PagedBlockDiagonalCausalWithOffsetPaddedKeysMask,
+        PagedBlockDiagonalPaddedKeysMask,
+    )
+
+    assert call.key_cache is not None and call.value_cache is not None
+    num_blocks, block_size, num_kv_heads, head_size = call.key_cache.shape
+    # One query sees all keys up to its own either way; the plain mask is cheaper.
+    causal = call.layer.causal and call.batch.max_query_len > 1
+    plan = ("paged_bias", causal)
+    if plan not in call.plans:
+        # Splits are cut from the table's width, so none is left wider than the longest request.
+        pages = -(-call.batch.max_seq_len // block_size)
+        table = call.block_table[:, :pages]
+        kind = (
+            PagedBlockDiagonalCausalWithOffsetPaddedKeysMask
+            if causal
+            else PagedBlockDiagonalPaddedKeysMask
+        )
+        call.plans[plan] = kind(
+            q_seqinfo=query_info(call),
+            k_seqinfo=pages_info(call, table.shape[1] * block_size),
+            block_tables=table,
+            page_size=block_size,
+        )
+    flat = (num_blocks * block_size, num_kv_heads, head_size)
+    key = shared(call.key_cache.view(flat), call.layer.group)
+    value = shared(call.value_cache.view(flat), call.layer.group)
+    return key, value, call.plans[plan]
+
+
+def attend(call: Call, op: Any, key: torch.Tensor, value: torch.Tensor, bias: Any) -> None:
+    """Run one xFormers op, past its dispatch: that refuses more than 32 decoding requests."""
+    from xformers.ops import fmha
+
+    query = grouped(call)
+    if call.lse is None:
+        out = fmha.memory_efficient_attention_forward(
+            query, key, value, attn_bias=bias, scale=call.scale, op=op
+        )
+    else:
+        out, lse = fmha.memory_efficient_attention_forward_requires_grad(
+            query, key, value, attn_bias=bias, scale=call.scale, op=op
+        )
+        # [1, num_kv_heads, group, num_tokens]
+        call.lse.copy_(lse.flatten(0, 2).transpose(0, 1)[: call.lse.shape[0]])
+    call.out.copy_(out[0].flatten(1, 2))

@@ -1,0 +1,44 @@
+"""xFormers' FlashAttention-3 op: over the paged cache, or over a prefill's own keys."""
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from xfv1.ops.base import ENCODER, Batch, Call, Device, Layer, feature_reasons
+from xfv1.ops.gather import contiguous_bias, contiguous_kv
+from xfv1.ops.xformers_base import attend, dtype_reasons, installed_reasons, paged_inputs, shared
+
+
+class XFormersFA3:
+    name = "xformers_fa3"
+    ragged = True
+
+    def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
+        reasons = installed_reasons(device)
+        if importlib.util.find_spec("flash_attn_3") is None:
+            reasons.append("flash_attn_3 is not installed")
+        if device.kind != "cuda" or not (8, 0) <= device.capability <= (9, 0):
+            reasons.append("needs an NVIDIA card of compute capability 8.0 to 9.0")
+        reasons += dtype_reasons(layer, torch.float16, torch.bfloat16)
+        reasons += feature_reasons(layer, "sliding_window", "noncausal")
+        if not 32 <= layer.head_size <= 256 or layer.head_size % 8:
+            reasons.append(f"head size {layer.head_size}: multiples of 8 from 32 to 256")
+        paged = batch.phase != ENCODER and not batch.fresh
+        if paged and layer.sliding_window is not None:
+            reasons.append("no sliding windows over the paged cache")
+        if paged and not batch.token_major:
+            reasons.append("needs a cache whose blocks lie token by token (layout LBNHC)")
+        return reasons
+
+    def run(self, call: Call) -> None:
+        from xformers.ops.fmha import flash3
+
+        op: Any = flash3.FwOp
+        if call.batch.phase == ENCODER or call.batch.fresh:
+            key, value = contiguous_kv(call)
+            group = call.layer.group
+            attend(call, op, shared(key, group), shared(value, group), contiguous_bias(call))
+        else:
+            key, value, bias = paged_inputs(call)
+            attend(call, op, key, value, bias)

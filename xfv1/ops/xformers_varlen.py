@@ -1,0 +1,73 @@
+"""xFormers' variable-length ops over contiguous keys: prefills on any card, Turing's too."""
+
+import importlib
+from typing import Any
+
+import torch
+
+from xfv1.ops.base import DECODE, ENCODER, Batch, Call, Device, Layer, feature_reasons
+from xfv1.ops.gather import contiguous_bias, contiguous_kv
+from xfv1.ops.xformers_base import attend, dtype_reasons, installed_reasons, shared
+
+
+class XFormersVarlen:
+    """One of xFormers' ops that takes fresh keys, or keys gathered from the pages."""
+
+    ragged = True
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        kinds: dict[str, tuple[int, int]],
+        dtypes: tuple[torch.dtype, ...],
+        max_head_size: int,
+        features: tuple[str, ...],
+    ) -> None:
+        """kinds: device kinds, with the least compute capability of each."""
+        self.name = name
+        self.module = module
+        self.kinds = kinds
+        self.dtypes = dtypes
+        self.max_head_size = max_head_size
+        self.features = features
+
+    def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
+        reasons = installed_reasons(device)
+        if device.kind not in self.kinds:
+            reasons.append(f"runs on {', '.join(self.kinds)}, not on {device.kind}")
+        elif device.capability < self.kinds[device.kind]:
+            major, minor = self.kinds[device.kind]
+            reasons.append(f"needs compute capability {major}.{minor}")
+        dtypes = self.dtypes
+        if device.kind == "cuda" and device.capability < (8, 0):
+            dtypes = tuple(dtype for dtype in dtypes if dtype != torch.bfloat16)
+        reasons += dtype_reasons(layer, *dtypes)
+        if layer.head_size > self.max_head_size or layer.head_size % 8:
+            reasons.append(f"head size {layer.head_size}: multiples of 8 to {self.max_head_size}")
+        reasons += feature_reasons(layer, *self.features)
+        if not layer.causal and layer.sliding_window is not None:
+            reasons.append("no windows without causality")
+        if batch.phase == DECODE:
+            # Lengths of decodes are not known on the host, and a gather would copy the cache.
+            reasons.append("serves prefills and encoders")
+        return reasons
+
+    def run(self, call: Call) -> None:
+        op: Any = importlib.import_module(f"xformers.ops.fmha.{self.module}").FwOp
+        key, value = contiguous_kv(call)
+        group = call.layer.group
+        attend(call, op, shared(key, group), shared(value, group), contiguous_bias(call))
+
+
+HALF = (torch.float16, torch.bfloat16)
+FEATURES = ("sliding_window", "noncausal", "fp8")
+VARLEN_OPS = (
+    XFormersVarlen("xformers_fa2", "flash", {"cuda": (8, 0)}, HALF, 256, FEATURES),
+    XFormersVarlen(
+        "xformers_cutlass", "cutlass", {"cuda": (5, 0)}, (*HALF, torch.float32), 512, FEATURES
+    ),
+    XFormersVarlen("xformers_ck", "ck", {"hip": (0, 0)}, HALF, 256, FEATURES),
+)
+
+__all__ = ["ENCODER", "VARLEN_OPS", "XFormersVarlen"]
