@@ -40,9 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="PATH",
         help="add the cases of a model's Hugging Face config.json (may be given again)",
     )
-    group.addoption(
-        "--report", default="report", metavar="DIR", help="where results.json goes"
-    )
+    group.addoption("--report", default="report", metavar="DIR", help="where results.json goes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -109,14 +107,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for row in rows():
             if row.case.id in extra or (chosen is not None and not chosen(row.case)):
                 continue
-            marks = [getattr(pytest.mark, tier) for tier in TIERS[TIERS.index(row.tier) :]]
+            least = getattr(metafunc.function, "least_tier", None)
+            tier = row.tier if least is None else max(row.tier, least(row.case), key=TIERS.index)
+            marks = [getattr(pytest.mark, name) for name in TIERS[TIERS.index(tier) :]]
             params.append(pytest.param(row.case, id=row.case.id, marks=marks))
     metafunc.parametrize("case", params)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    cases = {item: item.callspec.params["case"] for item in items
-             if hasattr(item, "callspec") and "case" in item.callspec.params}
+    cases = {
+        item: item.callspec.params["case"]
+        for item in items
+        if hasattr(item, "callspec") and "case" in item.callspec.params
+    }
     # All tests of a case follow each other, so that its inputs are built once.
     order = {case.id: at for at, case in enumerate(cases.values())}
     items.sort(key=lambda item: order[cases[item].id] if item in cases else -1)
@@ -177,5 +180,3 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"attention backend under test: {config.getoption('--candidate')} on {_device_type()}"
-
-

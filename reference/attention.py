@@ -60,7 +60,9 @@ def attend(
     num_queries, num_heads, head_size = query.shape
     num_keys, num_kv_heads, _ = key.shape
     if num_heads % num_kv_heads:
-        raise ValueError(f"num_heads={num_heads}: expected a multiple of num_kv_heads={num_kv_heads}")
+        raise ValueError(
+            f"num_heads={num_heads}: expected a multiple of num_kv_heads={num_kv_heads}"
+        )
     if key.shape[-1] != head_size or value.shape[:2] != key.shape[:2]:
         raise ValueError(
             f"key of shape {tuple(key.shape)} and value of shape {tuple(value.shape)} do not fit"

@@ -31,7 +31,7 @@ def gather_kv(
             f" {needed} for a length of {length}"
         )
     used = block_ids[:needed].long()
-    if needed and not (0 <= int(used.min()) and int(used.max()) < num_blocks):
+    if needed and not (int(used.min()) >= 0 and int(used.max()) < num_blocks):
         raise ValueError(f"block_table row {used.tolist()}: expected ids below {num_blocks}")
     return cache[used].double().flatten(0, 1)[:length] * scale
 

@@ -33,8 +33,8 @@ def fp8_dtype(kv_cache_dtype: str) -> torch.dtype | None:
 
     if current_platform.is_cpu():
         return torch.float8_e4m3fn
-    dtype = current_platform.fp8_dtype()
-    return dtype
+    platform_dtype: torch.dtype = current_platform.fp8_dtype()
+    return platform_dtype
 
 
 def write_kv(

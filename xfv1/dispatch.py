@@ -105,7 +105,9 @@ def allowed_ops(setting: str | None = None) -> tuple[str, ...] | None:
     names = tuple(name.strip() for name in setting.split(",") if name.strip())
     for name in names:
         if name not in OPS:
-            raise UnknownOp(f"XFV1_OPS={setting!r}: no op {name!r}, expected among {', '.join(OPS)}")
+            raise UnknownOp(
+                f"XFV1_OPS={setting!r}: no op {name!r}, expected among {', '.join(OPS)}"
+            )
     return names or None
 
 
@@ -161,7 +163,9 @@ def layer_reasons(layer: Layer, device: Device, *, encoder: bool = False) -> lis
     phases = [ENCODER] if encoder else [DECODE, PREFILL]
     refused = []
     for phase in phases:
-        batch = Batch(phase, num_reqs=2, max_query_len=1 if phase == DECODE else 64, max_seq_len=128)
+        batch = Batch(
+            phase, num_reqs=2, max_query_len=1 if phase == DECODE else 64, max_seq_len=128
+        )
         try:
             choose(layer, batch, device)
         except NoOp as error:

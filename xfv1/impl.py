@@ -159,9 +159,7 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
             return key_cache.view(self.fp8_dtype), value_cache.view(self.fp8_dtype)
         return key_cache, value_cache
 
-    def _batch(
-        self, phase: Phase, caches: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> Batch:
+    def _batch(self, phase: Phase, caches: tuple[torch.Tensor, torch.Tensor] | None) -> Batch:
         """The phase's batch, with what the layer and its cache add to it."""
         if caches is None:
             return Batch(
@@ -219,7 +217,11 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         output: torch.Tensor,
     ) -> None:
         op = self._op(facts, phase, caches, query)
-        own = key is not None and value is not None and self.attn_type != AttentionType.ENCODER_DECODER
+        own = (
+            key is not None
+            and value is not None
+            and self.attn_type != AttentionType.ENCODER_DECODER
+        )
         op.run(
             Call(
                 layer=facts,

@@ -158,8 +158,16 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.itemsize])
 
 
-def drive(backend: type[Any], case: AttnCase, device: torch.device) -> Driver:
+def drive(
+    backend: type[Any],
+    case: AttnCase,
+    device: torch.device,
+    sinks: torch.Tensor | None = None,
+) -> Driver:
     """Set a backend up for a case.
+
+    Args:
+        sinks: [num_heads] in place of the case's own.
 
     Raises:
         Refused: with the backend's reasons, from validate_configuration, from the layouts it
@@ -181,7 +189,7 @@ def drive(backend: type[Any], case: AttnCase, device: torch.device) -> Driver:
             raise Refused(reasons)
         wrapped = _wrapped(backend, case)
         try:
-            layer = _layer(wrapped, case, config, device)
+            layer = _layer(wrapped, case, config, device, sinks)
         except (NotImplementedError, ValueError, AssertionError) as error:
             raise Refused([str(error) or type(error).__name__]) from error
         spec = _spec(case)
@@ -266,12 +274,13 @@ def _layouts_by_stride_order(backend: type[Any]) -> list[str]:
 def attn_type(case: AttnCase) -> str:
     from vllm.v1.attention.backend import AttentionType
 
-    return {
+    kinds: dict[str, str] = {
         "decoder": AttentionType.DECODER,
         "noncausal": AttentionType.DECODER,
         "encoder": AttentionType.ENCODER_ONLY,
         "cross": AttentionType.ENCODER_DECODER,
-    }[case.attention]
+    }
+    return kinds[case.attention]
 
 
 def common_metadata(inputs: AttnInputs) -> Any:
@@ -348,13 +357,19 @@ def _spec(case: AttnCase) -> Any:
     return kv.FullAttentionSpec(**common)
 
 
-def _layer(backend: type[Any], case: AttnCase, config: Any, device: torch.device) -> Any:
+def _layer(
+    backend: type[Any],
+    case: AttnCase,
+    config: Any,
+    device: torch.device,
+    sinks: torch.Tensor | None,
+) -> Any:
     """A real `vllm` Attention layer over the backend, with the case's scales set."""
     from vllm.model_executor.layers.attention import Attention
 
     extra: dict[str, Any] = {}
     if case.sinks:
-        extra["sinks"] = build_sinks(case).to(device)
+        extra["sinks"] = build_sinks(case).to(device) if sinks is None else sinks
     slopes = build_slopes(case)
 
     def make(prefix: str, target: str | None = None) -> Any:
@@ -447,7 +462,9 @@ def vllm_config(
             max_model_len=65536,
         )
     cache = CacheConfig(
-        block_size=block_size, cache_dtype=kv_dtype, sliding_window=sliding_window  # type: ignore[arg-type]
+        block_size=block_size,
+        cache_dtype=kv_dtype,
+        sliding_window=sliding_window,
     )
     compilation = CompilationConfig(cudagraph_mode=CUDAGraphMode.NONE)
     return VllmConfig(model_config=model, cache_config=cache, compilation_config=compilation)

@@ -55,7 +55,7 @@ def _describe(
     heads = sorted({int(h) for h in (share > LIMIT).nonzero()[:, 1].unique()})
     return "\n".join(
         [
-            f"output differs from the reference: {beyond} of {share.numel()} elements beyond budget,"
+            f"output is not the reference's: {beyond} of {share.numel()} elements beyond budget,"
             f" on heads {_short(heads)}",
             f"  worst: request {request} (query {query_len}, keys {length}), token"
             f" {token - starts[request]} at position {position}, head {head}, dim {dim}",

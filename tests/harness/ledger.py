@@ -15,7 +15,7 @@ class LedgerError(ValueError):
 
 @dataclass(frozen=True)
 class Known:
-    """candidate: as given to --candidate. test, case: shell patterns. versions: of vLLM, patterns."""
+    """candidate: as given to --candidate. test, case, versions (of vLLM): shell patterns."""
 
     candidate: str
     test: str

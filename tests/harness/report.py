@@ -143,8 +143,8 @@ class ReportPlugin:
             write(f"refused {count}: {reason}")
         for result in self.results:
             if result.status == "failed":
-                write(f"rerun: pytest --candidate {self.config.getoption('--candidate')}"
-                      f" --case {result.case}")
+                name = self.config.getoption("--candidate")
+                write(f"rerun: pytest --candidate={name} --case={result.case}")
         for problem in self.problems:
             write(f"PROBLEM: {problem}")
         counts = Counter(result.status for result in self.results)
@@ -159,7 +159,9 @@ class ReportPlugin:
 def _status(report: pytest.TestReport) -> tuple[str, str]:
     if hasattr(report, "wasxfail"):
         # xfail_strict turns an unexpected pass into a failure.
-        return ("known", str(report.wasxfail)) if report.skipped else ("failed", "passed unexpectedly")
+        return (
+            ("known", str(report.wasxfail)) if report.skipped else ("failed", "passed unexpectedly")
+        )
     if report.skipped:
         text = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else ""
         return "refused", text.removeprefix("Skipped: ").removeprefix("refused: ")
@@ -180,8 +182,10 @@ def table(results: list[Result]) -> list[str]:
     body = [["scenario", *columns]]
     body += [[s, *(_cell(cells.get((s, c), [])) for c in columns)] for s in sorted(scenarios)]
     widths = [max(len(row[i]) for row in body) for i in range(len(body[0]))]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-            for row in body]
+    return [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in body
+    ]
 
 
 def _cell(results: list[Result]) -> str:
@@ -189,8 +193,7 @@ def _cell(results: list[Result]) -> str:
         return "."
     counts = Counter(result.status for result in results)
     parts = [f"{counts['passed']}"] if counts["passed"] else []
-    parts += [f"{counts[s]} {s.upper() if s == 'failed' else s}"
-              for s in STATUSES[1:] if counts[s]]
+    parts += [f"{counts[s]} {s.upper() if s == 'failed' else s}" for s in STATUSES[1:] if counts[s]]
     shares = [result.share for result in results if result.share is not None]
     if shares:
         parts.append(f"{max(shares):.2f}")

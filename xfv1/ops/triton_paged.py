@@ -19,9 +19,9 @@ class TritonPaged:
             reasons.append("runs on a CPU only under TRITON_INTERPRET=1")
         if device.kind == "cpu" and torch.bfloat16 in (layer.dtype, layer.kv_dtype):
             reasons.append("Triton's interpreter multiplies bfloat16 wrongly")
-        if device.kind == "cuda" and layer.kv_dtype == torch.float8_e4m3fn:
-            if device.capability < (8, 9):
-                reasons.append("Triton converts float8_e4m3 from compute capability 8.9 on")
+        e4m3 = layer.kv_dtype == torch.float8_e4m3fn
+        if device.kind == "cuda" and e4m3 and device.capability < (8, 9):
+            reasons.append("Triton converts float8_e4m3 from compute capability 8.9 on")
         if not 1 <= layer.head_size <= 512:
             reasons.append(f"head size {layer.head_size}: 1 to 512")
         return reasons

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from xfv1.ops.base import Batch, Call, Device, Layer
+from xfv1.ops.base import Call, Device, Layer
 
 
 def installed_reasons(device: Device) -> list[str]:
@@ -22,7 +22,8 @@ def dtype_reasons(layer: Layer, *dtypes: torch.dtype) -> list[str]:
 
 def grouped(call: Call) -> torch.Tensor:
     """query as xFormers' [1, num_tokens, num_kv_heads, group, head_size]."""
-    return call.query.unflatten(1, (call.layer.num_kv_heads, call.layer.group))[None]
+    query: torch.Tensor = call.query.unflatten(1, (call.layer.num_kv_heads, call.layer.group))
+    return query[None]
 
 
 def shared(tensor: torch.Tensor, group: int) -> torch.Tensor:
@@ -54,7 +55,8 @@ def pages_info(call: Call, width: int) -> Any:
     num_reqs = call.seq_lens.numel()
     starts = list(range(0, width * num_reqs + 1, width))
     return _PaddedSeqLenInfo(
-        seqstart=torch.arange(0, len(starts), device=call.seq_lens.device, dtype=torch.int32) * width,
+        seqstart=torch.arange(0, len(starts), device=call.seq_lens.device, dtype=torch.int32)
+        * width,
         # Nothing below reads lengths on the host but their maximum; a bound will do.
         max_seqlen=call.batch.max_seq_len,
         min_seqlen=0,

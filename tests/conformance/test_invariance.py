@@ -1,0 +1,189 @@
+"""Does the answer follow when the same question is asked in another way?"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fixtures.cases import AttnCase
+from fixtures.inputs import AttnInputs
+from fixtures.tables import LIGHT, work
+from fixtures.transforms import (
+    first_tokens,
+    later_tokens,
+    permute_blocks,
+    select_requests,
+    shorten,
+)
+from tests.harness.candidate import Driver, Outcome, bits, drive, new_output
+from tests.harness.compare import Mismatch, check_cache, check_output
+from tests.harness.oracle import expected
+from tests.harness.report import Recorder
+
+
+def _same_bits(case: AttnCase, one: torch.Tensor, other: torch.Tensor, what: str) -> int:
+    rows = case.num_tokens
+    differs = bits(one[:rows]) != bits(other[:rows])
+    if differs.any():
+        token, head, dim = (int(i) for i in differs.nonzero()[0])
+        raise Mismatch(
+            f"{what}: {int(differs.sum())} of {differs.numel()} elements differ, first token"
+            f" {token}, head {head}, dim {dim}: {float(one[token, head, dim])!r} and"
+            f" {float(other[token, head, dim])!r}"
+        )
+    return differs.numel()
+
+
+def test_same_run_twice_is_the_same_bit_for_bit(
+    driver: Driver, inputs: AttnInputs, record: Recorder
+) -> None:
+    one, other = driver.run(inputs), driver.run(inputs)
+    record(elements=_same_bits(inputs.case, one.output, other.output, "two runs of one batch"))
+
+
+def test_output_does_not_depend_on_where_blocks_lie(
+    driver: Driver, inputs: AttnInputs, record: Recorder
+) -> None:
+    moved = permute_blocks(inputs, seed=inputs.case.seed)
+    one, other = driver.run(inputs), driver.run(moved)
+    record(elements=_same_bits(inputs.case, one.output, other.output, "blocks moved"))
+
+
+def _redriven(candidate: type[Any], inputs: AttnInputs, device: torch.device) -> Outcome:
+    return drive(candidate, inputs.case, device, inputs.sinks).run(inputs)
+
+
+def test_requests_in_another_order_get_their_own_answers(
+    candidate: type[Any], inputs: AttnInputs, device: torch.device, record: Recorder
+) -> None:
+    """Reversed, but decodes before prefills, as vLLM orders a batch."""
+    lens = inputs.case.query_lens
+    order = sorted(range(len(lens)), key=lambda r: (lens[r] > 1, -r))
+    turned = select_requests(inputs, order)
+    outcome = _redriven(candidate, turned, device)
+    verdict = check_output(turned, outcome, expected(turned, outcome.query))
+    record(elements=verdict.elements, share=verdict.share)
+
+
+def test_a_request_alone_gets_the_same_answer(
+    candidate: type[Any], inputs: AttnInputs, device: torch.device, record: Recorder
+) -> None:
+    """The last request that has tokens, without the others."""
+    last = max(r for r, q in enumerate(inputs.case.query_lens) if q)
+    alone = select_requests(inputs, [last])
+    outcome = _redriven(candidate, alone, device)
+    verdict = check_output(alone, outcome, expected(alone, outcome.query))
+    record(elements=verdict.elements, share=verdict.share)
+
+
+def test_tokens_in_two_steps_get_the_same_answers(
+    candidate: type[Any], inputs: AttnInputs, device: torch.device, record: Recorder
+) -> None:
+    """A first step with some of each request's tokens, then the rest over the cache it left."""
+    counts = [max(1, q // 3) for q in inputs.case.query_lens]
+    first = first_tokens(inputs, counts)
+    done = _redriven(candidate, first, device)
+    check_output(first, done, truth := expected(first, done.query))
+    check_cache(first, done, truth.storage)
+    cache = done.storage.as_strided(
+        inputs.cache.shape, inputs.cache.stride(), inputs.cache.storage_offset()
+    )
+    later = later_tokens(inputs, counts, cache, done.storage)
+    outcome = _redriven(candidate, later, device)
+    verdict = check_output(later, outcome, expected(later, outcome.query))
+    record(elements=verdict.elements, share=verdict.share)
+
+
+def test_a_captured_graph_replays_like_eager(
+    driver: Driver, inputs: AttnInputs, device: torch.device, record: Recorder
+) -> None:
+    """Captured on one batch, replayed on others with other lengths, blocks and contents."""
+    batches = [inputs, permute_blocks(inputs, seed=2)]
+    if inputs.case.sliding_window is None and not inputs.case.shared_prefix:
+        batches.append(shorten(inputs))
+    static = permute_blocks(inputs, seed=1)
+    cache, storage = static.new_cache()
+    output = new_output(static)
+    metadata = driver.metadata(static)
+
+    def step() -> None:
+        driver.update_cache(static, cache)
+        driver.forward(static, cache, metadata, output)
+
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for batch in batches:
+        _refill(static, batch, cache, storage, output)
+        # vLLM builds metadata anew at every step; what a graph reads is refreshed in place.
+        driver.metadata(batch)
+        graph.replay()
+        torch.cuda.synchronize(device)
+        outcome = Outcome(output, storage)
+        verdict = check_output(batch, outcome, expected(batch))
+        record(elements=verdict.elements, share=verdict.share)
+
+
+def _refill(
+    static: AttnInputs,
+    batch: AttnInputs,
+    cache: torch.Tensor,
+    storage: torch.Tensor,
+    output: torch.Tensor,
+) -> None:
+    """Put another batch into the tensors that a graph was captured over."""
+    for name in (
+        "query",
+        "key",
+        "value",
+        "block_table",
+        "slot_mapping",
+        "seq_lens",
+        "query_start_loc",
+    ):
+        getattr(static, name).copy_(getattr(batch, name))
+    storage.copy_(batch.storage)
+    bits(output).fill_(0)
+
+
+def _several(case: AttnCase) -> bool:
+    return len(case.query_lens) > 1 and case.attention in ("decoder", "noncausal")
+
+
+def _steps(case: AttnCase) -> bool:
+    """Two causal steps; a window frees blocks by the step, so its poison is for one step only."""
+    plain = case.attention == "decoder" and not case.kv_sharing and case.sliding_window is None
+    return plain and min(case.query_lens) > 1 and not case.shared_prefix
+
+
+def _graph(case: AttnCase) -> bool:
+    """Batches that vLLM captures in full graphs: uniform."""
+    uniform = len(set(case.query_lens)) == 1 and case.query_lens[0] <= 8
+    return uniform and case.attention == "decoder" and not case.pad_reqs
+
+
+def _gpu(case: AttnCase) -> str:
+    return "gpu"
+
+
+def _light(case: AttnCase) -> str:
+    """What takes a CPU long is asked there in one way only, by test_output."""
+    return "smoke" if work(case) < LIGHT else "gpu"
+
+
+_WHERE: dict[Any, tuple[Callable[[AttnCase], bool] | None, Callable[[AttnCase], str]]] = {
+    test_same_run_twice_is_the_same_bit_for_bit: (None, _light),
+    test_output_does_not_depend_on_where_blocks_lie: (None, _light),
+    test_requests_in_another_order_get_their_own_answers: (_several, _light),
+    test_a_request_alone_gets_the_same_answer: (_several, _light),
+    test_tokens_in_two_steps_get_the_same_answers: (_steps, _light),
+    test_a_captured_graph_replays_like_eager: (_graph, _gpu),
+}
+for _test, (_cases, _tier) in _WHERE.items():
+    _test.cases = _cases
+    _test.least_tier = _tier

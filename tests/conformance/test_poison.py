@@ -1,0 +1,44 @@
+"""Is what nobody may read really not read, beyond what vLLM's contract allows?"""
+
+import torch
+
+from fixtures.cases import AttnCase
+from fixtures.inputs import Poison, build_inputs
+from tests.harness.candidate import Driver
+from tests.harness.compare import check_output
+from tests.harness.oracle import expected
+from tests.harness.report import Recorder
+
+
+def _has_tail(case: AttnCase) -> bool:
+    """Whether some request's last block has slots after its last key."""
+    paged = case.attention != "encoder"
+    return paged and any(length % case.block_size for length in case.seq_lens)
+
+
+def _is_paged(case: AttnCase) -> bool:
+    return case.attention != "encoder"
+
+
+def test_nan_in_the_last_blocks_tail_does_not_leak(
+    driver: Driver, case: AttnCase, device: torch.device, record: Recorder
+) -> None:
+    """NaN after the last key, where an earlier request's values lie in service."""
+    inputs = build_inputs(case, device, Poison.STRICT)
+    outcome = driver.run(inputs)
+    verdict = check_output(inputs, outcome, expected(inputs, outcome.query))
+    record(elements=verdict.elements, share=verdict.share)
+
+
+def test_table_entries_past_the_last_block_are_not_followed(
+    driver: Driver, case: AttnCase, device: torch.device, record: Recorder
+) -> None:
+    """Ids past the cache's end in the table's padding; there lies NaN, inside the storage."""
+    inputs = build_inputs(case, device, Poison.OUT_OF_RANGE)
+    outcome = driver.run(inputs)
+    verdict = check_output(inputs, outcome, expected(inputs, outcome.query))
+    record(elements=verdict.elements, share=verdict.share)
+
+
+test_nan_in_the_last_blocks_tail_does_not_leak.cases = _has_tail  # type: ignore[attr-defined]
+test_table_entries_past_the_last_block_are_not_followed.cases = _is_paged  # type: ignore[attr-defined]

@@ -1,0 +1,394 @@
+"""Wrong answers that a backend could give: what each would put into the output of a case.
+
+A case is worth running only if the faults it is meant for would leave the budget. `distinguishes`
+says by how much each would, `projection` whether a small but systematic one is there when no
+single element could tell. Both need the reference alone, no candidate.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from fixtures.cases import AttnCase
+from fixtures.inputs import AttnInputs
+from reference import attend, visible
+from reference.lowprec import attend_lowprec
+from tests.harness.budget import SIGMAS
+from tests.harness.oracle import Expected, Request, requests, semantics, written_cache
+
+Arguments = dict[str, Any]
+Answer = Callable[[AttnInputs, Request, Arguments], torch.Tensor]
+Hidden = Callable[[AttnCase], str | None]
+
+# A softmax scale wrong by one percent: a head size rounded up, a log2(e) of too few digits.
+SCALE_FAULT = 1.01
+# Midway between the truth, at 0, and a fault, at 1.
+NEARER = 0.5
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """One fault.
+
+    answer: one request's output with the fault, [num_queries, num_heads, head_size] float64, from
+        the inputs, the request and the arguments that `reference.attend` should be given.
+    hidden: why the fault does not change a case's output, or None where it does.
+    """
+
+    name: str
+    answer: Answer
+    hidden: Hidden
+
+    def applies(self, case: AttnCase) -> bool:
+        """Whether a case's inputs are meant to tell this fault from the truth."""
+        return self.hidden(case) is None
+
+    def output(self, inputs: AttnInputs) -> torch.Tensor:
+        """[num_tokens, num_heads, head_size] float64: what a backend with the fault would answer.
+
+        Keys and values that hold NaN, which lie where only a faulty window looks, count as the
+        zeros vLLM allocates a cache with: a fault must show by its numbers, not by the poison.
+        """
+        case = inputs.case
+        result = torch.zeros(
+            case.num_tokens,
+            case.num_heads,
+            case.head_size,
+            dtype=torch.float64,
+            device=inputs.query.device,
+        )
+        for request in requests(inputs, written_cache(inputs)[0]):
+            clean = request_with(
+                request, request.key.nan_to_num(0.0), request.value.nan_to_num(0.0)
+            )
+            result[request.rows] = self.answer(inputs, clean, semantics(inputs))
+        return result
+
+
+def request_with(request: Request, key: torch.Tensor, value: torch.Tensor) -> Request:
+    """The request with other keys and values, [num_keys, num_kv_heads, head_size]."""
+    return Request(request.index, request.rows, request.query, key, value)
+
+
+def distinguishes(
+    inputs: AttnInputs, expected: Expected, names: Iterable[str] | None = None
+) -> dict[str, float]:
+    """By fault, the largest |wrong - truth| / budget of any element: above 1, a test would fail.
+
+    Args:
+        names: the faults to look at, of `PERTURBATIONS`; None for all. Faults that do not apply
+            to the case are left out.
+    """
+    shares = {}
+    for name in PERTURBATIONS if names is None else names:
+        if PERTURBATIONS[name].applies(inputs.case):
+            wrong = PERTURBATIONS[name].output(inputs)
+            shares[name] = worst_share(wrong, expected.output, expected.budget)
+    return shares
+
+
+def worst_share(output: torch.Tensor, truth: torch.Tensor, budget: torch.Tensor) -> float:
+    """The largest |output - truth| / budget; NaN and infinity are infinitely far from a number."""
+    error = (output.double() - truth).abs().nan_to_num(math.inf, posinf=math.inf)
+    return float(torch.where(error > 0, error / budget, 0.0).max())
+
+
+class Projection(NamedTuple):
+    """How much of a fault an output holds.
+
+    alpha: 0 for the truth, 1 for the fault. deviation: an honest kernel's standard deviation of
+    alpha, at most.
+    """
+
+    alpha: float
+    deviation: float
+
+    @property
+    def present(self) -> bool:
+        """Whether the output is nearer to the fault than to the truth."""
+        return self.alpha > NEARER
+
+    @property
+    def decisive(self) -> bool:
+        """Whether an honest output stays nearer to the truth by the budget's own margin."""
+        return SIGMAS * self.deviation < NEARER
+
+
+def projection(
+    inputs: AttnInputs, expected: Expected, output: torch.Tensor, name: str
+) -> Projection:
+    """The matched filter: an output's error projected on what a fault would make of it.
+
+    With delta the fault's change of the output and err the output's error, both divided by the
+    budget: ``alpha = <err, delta> / <delta, delta>``. The budget is SIGMAS standard deviations of
+    an honest element, so were all elements independent, alpha's would be
+    ``1 / (SIGMAS * |delta|)``. The head_size elements of one output vector are not: they share
+    their probabilities' rounding. At worst all err together, which is sqrt(head_size) times more,
+    and that is the deviation given.
+
+    Args:
+        output: [num_tokens or more, num_heads, head_size], the candidate's.
+        name: the fault, of `PERTURBATIONS`; it must change the output.
+    """
+    inside = expected.budget > 0
+    budget = expected.budget[inside]
+    error = (output[: len(expected.output)].double() - expected.output)[inside] / budget
+    delta = (PERTURBATIONS[name].output(inputs) - expected.output)[inside] / budget
+    alpha = float(error @ delta / (delta @ delta))
+    deviation = math.sqrt(inputs.case.head_size) / (SIGMAS * float(delta.norm()))
+    return Projection(alpha, deviation)
+
+
+def honest(inputs: AttnInputs, **changes: Any) -> torch.Tensor:
+    """[num_tokens, num_heads, head_size] of the model's dtype: what a real kernel would answer.
+
+    Args:
+        changes: arguments of `reference.attend` to be wrong about.
+    """
+    case = inputs.case
+    result = inputs.query.new_zeros(case.num_tokens, case.num_heads, case.head_size)
+    for request in requests(inputs, written_cache(inputs)[0]):
+        key, value = request.key.to(result.dtype), request.value.to(result.dtype)
+        arguments = semantics(inputs) | changes
+        result[request.rows] = attend_lowprec(request.query, key, value, **arguments)[0]
+    return result
+
+
+# What the faults do.
+
+
+def _wrong(**changes: Any) -> Answer:
+    """The fault of taking other arguments than the layer's."""
+
+    def answer(inputs: AttnInputs, request: Request, arguments: Arguments) -> torch.Tensor:
+        return _attend(request, arguments | changes)
+
+    return answer
+
+
+def _scaled(
+    key_factor: Callable[[AttnInputs], float], value_factor: Callable[[AttnInputs], float]
+) -> Answer:
+    """The fault of dequantizing by other scales: keys and values come out times these factors."""
+
+    def answer(inputs: AttnInputs, request: Request, arguments: Arguments) -> torch.Tensor:
+        key, value = request.key * key_factor(inputs), request.value * value_factor(inputs)
+        return _attend(request_with(request, key, value), arguments)
+
+    return answer
+
+
+def _widened(by: int) -> Answer:
+    """The fault of a window that holds ``by`` keys more."""
+
+    def answer(inputs: AttnInputs, request: Request, arguments: Arguments) -> torch.Tensor:
+        wrong = {"sliding_window": arguments["sliding_window"] + by}
+        return _attend(request, arguments | wrong)
+
+    return answer
+
+
+def _wrong_scale(inputs: AttnInputs, request: Request, arguments: Arguments) -> torch.Tensor:
+    return _attend(request, arguments | {"scale": arguments["scale"] * SCALE_FAULT})
+
+
+def _shifted_slopes(inputs: AttnInputs, request: Request, arguments: Arguments) -> torch.Tensor:
+    return _attend(request, arguments | {"alibi_slopes": arguments["alibi_slopes"].roll(1)})
+
+
+def _swapped_heads(inputs: AttnInputs, request: Request, arguments: Arguments) -> torch.Tensor:
+    return _attend(request_with(request, request.key.flip(1), request.value.flip(1)), arguments)
+
+
+def _newest_lost(inputs: AttnInputs, request: Request, arguments: Arguments) -> torch.Tensor:
+    distance, seen = _distance(request), _seen(request, arguments)
+    newest = distance.masked_fill(~seen, distance.max() + 1).amin(dim=1, keepdim=True)
+    return _attend_seen(request, arguments, seen & (distance != newest))
+
+
+def _look_ahead(inputs: AttnInputs, request: Request, arguments: Arguments) -> torch.Tensor:
+    return _attend_seen(request, arguments, _seen(request, arguments) | (_distance(request) == -1))
+
+
+def _attend(request: Request, arguments: Arguments) -> torch.Tensor:
+    return attend(request.query, request.key, request.value, **arguments).output
+
+
+def _attend_seen(request: Request, arguments: Arguments, seen: torch.Tensor) -> torch.Tensor:
+    """`attend` with a visibility of one's own, [num_queries, num_keys] bool."""
+    unmasked = arguments | {"causal": False, "sliding_window": None}
+    logits = attend(request.query, request.key, request.value, **unmasked).logits
+    logits = logits.masked_fill(~seen, -math.inf)
+    total = logits.logsumexp(dim=-1)
+    if arguments["sinks"] is not None:
+        total = torch.logaddexp(total, arguments["sinks"].double()[:, None])
+    weights = torch.exp(logits - total.nan_to_num(neginf=0.0)[..., None])
+    group = len(weights) // request.value.shape[1]
+    value = request.value.double().repeat_interleave(group, dim=1)
+    return torch.einsum("hqk,khd->qhd", weights, value)
+
+
+def _positions(request: Request) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of the queries, the last of the sequence, and of the keys."""
+    length = len(request.key)
+    keys = torch.arange(length, device=request.key.device)
+    return torch.arange(length - len(request.query), length, device=keys.device), keys
+
+
+def _distance(request: Request) -> torch.Tensor:
+    """[num_queries, num_keys]: how far before its query a key lies."""
+    queries, keys = _positions(request)
+    return queries[:, None] - keys[None, :]
+
+
+def _seen(request: Request, arguments: Arguments) -> torch.Tensor:
+    """[num_queries, num_keys]: the truth's visibility."""
+    mask = {name: arguments[name] for name in ("causal", "sliding_window")}
+    return visible(*_positions(request), **mask)
+
+
+# Why they cannot show.
+
+
+def _active(case: AttnCase) -> list[tuple[int, int]]:
+    """(query_len, seq_len) of the requests with tokens."""
+    return [(q, k) for q, k in zip(case.query_lens, case.seq_lens, strict=True) if q]
+
+
+def _longest(case: AttnCase) -> int:
+    return max(k for _, k in _active(case))
+
+
+def most_keys(case: AttnCase) -> int:
+    """The largest number of keys that one query sees."""
+    window = case.sliding_window or _longest(case)
+    return min(_longest(case), window if case.causal else 2 * window - 1)
+
+
+def _always(case: AttnCase) -> str | None:
+    return None
+
+
+def _first_of(*reasons: Hidden) -> Hidden:
+    """The first reason there is."""
+    return lambda case: next((why for hidden in reasons if (why := hidden(case))), None)
+
+
+def _unless(fact: Callable[[AttnCase], bool], why: str) -> Hidden:
+    """``why``, where the fact does not hold."""
+    return lambda case: None if fact(case) else why
+
+
+_one_key = _unless(
+    lambda case: case.sinks or most_keys(case) > 1,
+    "a query that sees one key, and no sink, gives it all its weight whatever the logit",
+)
+_one_hot = _unless(
+    lambda case: case.logits != "extreme",
+    "of extreme logits the largest has all the weight, and a small change leaves it the largest",
+)
+_windowed = _unless(lambda case: case.sliding_window is not None, "no window")
+_outside = _first_of(
+    _windowed,
+    _unless(
+        lambda case: _longest(case) > (case.sliding_window or 0),
+        "no request is longer than the window",
+    ),
+)
+_fp8 = _unless(lambda case: case.kv_dtype != "auto", "the cache is not quantized")
+
+_ALL = (
+    Perturbation("window_ignored", _wrong(sliding_window=None), _outside),
+    Perturbation("window_plus_one", _widened(1), _outside),
+    Perturbation(
+        "window_minus_one",
+        _widened(-1),
+        _first_of(
+            _windowed,
+            _unless(
+                lambda case: _longest(case) >= (case.sliding_window or 0),
+                "no request fills the window",
+            ),
+            _unless(lambda case: case.sliding_window != 1, "a window cannot hold 0 keys"),
+        ),
+    ),
+    Perturbation(
+        "softcap_dropped",
+        _wrong(softcap=None),
+        _first_of(_unless(lambda case: case.softcap is not None, "no softcap"), _one_key),
+    ),
+    Perturbation(
+        "alibi_shifted",
+        _shifted_slopes,
+        _first_of(
+            _unless(lambda case: case.alibi, "no ALiBi"),
+            _unless(lambda case: case.num_heads > 1, "one head has no neighbour's slope to take"),
+            _unless(
+                lambda case: most_keys(case) > 1,
+                "ALiBi adds 0 to the only key a query sees, its own",
+            ),
+            _one_hot,
+        ),
+    ),
+    Perturbation(
+        "alibi_linear",
+        _wrong(alibi_sqrt=False),
+        _first_of(
+            _unless(lambda case: case.alibi_sqrt, "no ALiBi of the sqrt form"),
+            _unless(
+                lambda case: most_keys(case) > 2, "distances 0 and 1 are their own square roots"
+            ),
+            _one_hot,
+        ),
+    ),
+    Perturbation("sinks_dropped", _wrong(sinks=None), _unless(lambda case: case.sinks, "no sinks")),
+    Perturbation("scale_one_percent", _wrong_scale, _first_of(_one_key, _one_hot)),
+    Perturbation(
+        "kv_heads_swapped",
+        _swapped_heads,
+        _unless(lambda case: case.num_kv_heads > 1, "one KV head cannot be another"),
+    ),
+    Perturbation("newest_lost", _newest_lost, _always),
+    Perturbation(
+        "look_ahead",
+        _look_ahead,
+        _first_of(
+            _unless(lambda case: case.causal, "without causality a query sees what is ahead"),
+            _unless(
+                lambda case: any(q > 1 for q, _ in _active(case)), "no key is ahead of a last token"
+            ),
+        ),
+    ),
+    Perturbation(
+        "made_causal",
+        _wrong(causal=True),
+        _first_of(
+            _unless(lambda case: not case.causal, "causal already"),
+            _unless(
+                lambda case: any(q > 1 and k > 1 for q, k in _active(case)),
+                "no key is ahead of a last token",
+            ),
+            _unless(lambda case: case.sliding_window != 1, "a window of 1 holds nothing ahead"),
+        ),
+    ),
+    Perturbation(
+        "k_scale_dropped",
+        _scaled(lambda inputs: 1 / inputs.k_scale, lambda inputs: 1.0),
+        _first_of(_fp8, _one_key, _one_hot),
+    ),
+    Perturbation(
+        "v_scale_dropped", _scaled(lambda inputs: 1.0, lambda inputs: 1 / inputs.v_scale), _fp8
+    ),
+    Perturbation(
+        "kv_scales_swapped",
+        _scaled(
+            lambda inputs: inputs.v_scale / inputs.k_scale,
+            lambda inputs: inputs.k_scale / inputs.v_scale,
+        ),
+        _fp8,
+    ),
+)
+PERTURBATIONS = {perturbation.name: perturbation for perturbation in _ALL}

@@ -1,0 +1,176 @@
+"""Wrong answers leave the budget: every scenario with every single feature can tell its faults.
+
+The other side, that honest kernels stay inside, is tests/oracle/test_lowprec.py.
+"""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from fixtures.cases import AttnCase
+from fixtures.inputs import AttnInputs, build_inputs
+from fixtures.scenarios import SCENARIOS
+from tests.harness.oracle import Expected, expected
+from tests.harness.perturb import (
+    PERTURBATIONS,
+    SCALE_FAULT,
+    Perturbation,
+    distinguishes,
+    honest,
+    projection,
+    worst_share,
+)
+
+# An honest error of a whole budget may hide a fault's share of one; this leaves twice that.
+SEVERAL = 3.0
+
+# bf16 has the widest budget; these few heads and elements are the fewest chances to notice.
+SHAPE: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_size": 16, "dtype": "bf16"}
+
+WINDOW = ("window_ignored", "window_plus_one", "window_minus_one")
+SCALES = ("k_scale_dropped", "v_scale_dropped", "kv_scales_swapped")
+# By feature: the case's fields, and the faults that it is there to catch.
+FEATURES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "plain": ({}, ("kv_heads_swapped", "newest_lost", "look_ahead", "made_causal")),
+    "sliding_window1": ({"sliding_window": 1}, WINDOW),
+    "sliding_window17": ({"sliding_window": 17}, WINDOW),
+    "sliding_window128": ({"sliding_window": 128}, WINDOW),
+    "softcap": ({"softcap": 30.0}, ("softcap_dropped",)),
+    "alibi": ({"alibi": True}, ("alibi_shifted",)),
+    "alibi_sqrt": ({"alibi": True, "alibi_sqrt": True}, ("alibi_shifted", "alibi_linear")),
+    "sinks": ({"sinks": True}, ("sinks_dropped",)),
+    "fp8_e4m3": ({"kv_dtype": "fp8_e4m3"}, SCALES),
+    "fp8_e5m2": ({"kv_dtype": "fp8_e5m2"}, SCALES),
+    "extreme": ({"logits": "extreme"}, ("kv_heads_swapped", "newest_lost")),
+}
+# A fault that only the sum over all elements tells, in bf16 at least.
+SUMMED = "scale_one_percent"
+
+
+def _case(scenario: str, **fields: Any) -> AttnCase:
+    """A scenario's case: an encoder's and a decoder's cross attention are not causal."""
+    kind = scenario.partition("_")[0]
+    attention = kind if kind in ("encoder", "cross") else "decoder"
+    return AttnCase(scenario=scenario, attention=attention, **SHAPE, **fields)
+
+
+@functools.lru_cache(maxsize=4)
+def _truth(case: AttnCase) -> tuple[AttnInputs, Expected]:
+    inputs = build_inputs(case)
+    return inputs, expected(inputs)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_features_faults_leave_the_budget(scenario: str, feature: str) -> None:
+    """Largest |wrong - truth| / budget is at least SEVERAL, for each fault that can show at all."""
+    fields, faults = FEATURES[feature]
+    case = _case(scenario, **fields)
+    able = [name for name in faults if PERTURBATIONS[name].applies(case)]
+    for name in set(faults) - set(able):
+        assert PERTURBATIONS[name].hidden(case), f"{name} has no reason not to apply to {case.id}"
+    if able:
+        shares = distinguishes(*_truth(case), able)
+        weak = {name: share for name, share in shares.items() if not share >= SEVERAL}
+        assert not weak, f"{case.id} cannot tell {weak}"
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_scale_off_by_a_percent_shows_in_the_sum(scenario: str) -> None:
+    """alpha is about 0 for an honest kernel and about 1 for one that scales by 1.01."""
+    case = _case(scenario)
+    fault = PERTURBATIONS[SUMMED]
+    if why := fault.hidden(case):
+        assert scenario == "single_token", why
+        return
+    inputs, truth = _truth(case)
+    right = projection(inputs, truth, honest(inputs), fault.name)
+    wrong = projection(inputs, truth, honest(inputs, scale=inputs.scale * SCALE_FAULT), fault.name)
+    assert right.decisive, f"{case.id}: {right}"
+    assert not right.present, f"{case.id}: {right}"
+    assert wrong.present, f"{case.id}: {wrong}"
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_faults_leave_the_budget_of_every_dtype(feature: str, dtype: str) -> None:
+    """All faults that apply at once, on one mixed batch."""
+    fields, _ = FEATURES[feature]
+    case = _case("mixed_spec", **fields).replace(dtype=dtype, num_heads=8, head_size=64)
+    names = [name for name in PERTURBATIONS if name != SUMMED]
+    shares = distinguishes(*_truth(case), names)
+    assert min(shares.values()) >= SEVERAL, f"{case.id} cannot tell {shares}"
+
+
+# (fault, fields): what would have to be told apart is the same.
+HIDDEN: list[tuple[str, dict[str, Any]]] = [
+    ("window_ignored", {"scenario": "small_decode", "sliding_window": 40}),
+    ("window_plus_one", {"scenario": "small_decode", "sliding_window": 40}),
+    ("window_minus_one", {"scenario": "small_decode", "sliding_window": 41}),
+    ("softcap_dropped", {"scenario": "single_token", "softcap": 30.0}),
+    ("softcap_dropped", {"scenario": "small_decode", "softcap": 30.0, "sliding_window": 1}),
+    ("alibi_shifted", {"scenario": "small_decode", "alibi": True, "num_heads": 1}),
+    ("alibi_shifted", {"scenario": "single_token", "alibi": True, "sinks": True}),
+    (
+        "alibi_linear",
+        {"scenario": "small_prefill", "alibi": True, "alibi_sqrt": True, "sliding_window": 2},
+    ),
+    ("scale_one_percent", {"scenario": "single_token"}),
+    ("scale_one_percent", {"scenario": "small_prefill", "logits": "extreme"}),
+    ("kv_heads_swapped", {"scenario": "small_decode", "num_kv_heads": 1}),
+    ("look_ahead", {"scenario": "small_decode"}),
+    ("made_causal", {"scenario": "small_decode", "attention": "noncausal"}),
+    ("made_causal", {"scenario": "odd_prefill", "attention": "noncausal", "sliding_window": 1}),
+    ("k_scale_dropped", {"scenario": "single_token", "kv_dtype": "fp8_e4m3"}),
+]
+
+
+@pytest.mark.parametrize(("name", "fields"), HIDDEN)
+def test_a_fault_said_not_to_show_is_inside_the_budget(name: str, fields: dict[str, Any]) -> None:
+    if "num_heads" in fields:
+        fields = fields | {"num_kv_heads": fields["num_heads"]}
+    case = AttnCase(**{**SHAPE, **fields})
+    fault = PERTURBATIONS[name]
+    assert fault.hidden(case)
+    inputs, truth = _truth(case)
+    assert worst_share(fault.output(inputs), truth.output, truth.budget) < 1
+
+
+def test_every_fault_is_some_features() -> None:
+    listed = {name for _, faults in FEATURES.values() for name in faults} | {SUMMED}
+    assert listed == set(PERTURBATIONS)
+
+
+def test_no_fault_applies_without_its_feature() -> None:
+    """A plain decode of one head of one key: nothing but losing that key can go wrong."""
+    case = AttnCase(scenario="single_token", num_heads=1, num_kv_heads=1)
+    assert [name for name, fault in PERTURBATIONS.items() if fault.applies(case)] == ["newest_lost"]
+
+
+def test_no_fault_at_all_is_the_truth() -> None:
+    """A perturbation that changes nothing has a share of 0, and so has the truth itself."""
+    for fields, _ in FEATURES.values():
+        inputs, truth = _truth(_case("mixed_spec", **fields))
+        none = Perturbation(
+            "none",
+            lambda inputs, request, arguments: _attend_again(request, arguments),
+            lambda case: None,
+        )
+        assert worst_share(none.output(inputs), truth.output, truth.budget) == 0
+
+
+def _attend_again(request: Any, arguments: dict[str, Any]) -> torch.Tensor:
+    from reference import attend
+
+    return attend(request.query, request.key, request.value, **arguments).output
+
+
+def test_a_number_is_infinitely_far_from_nan() -> None:
+    """(NaN - 0) / 1 and (inf - 0) / 1 are over every budget; 0 / 0 is inside."""
+    zero, one = torch.zeros(1), torch.ones(1)
+    assert worst_share(torch.tensor([float("nan")]), zero, one) == float("inf")
+    assert worst_share(torch.tensor([float("inf")]), zero, one) == float("inf")
+    assert worst_share(one, zero, zero) == float("inf")
+    assert worst_share(zero, zero, zero) == 0
