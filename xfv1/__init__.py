@@ -16,7 +16,13 @@ def register() -> None:
 
     As XFORMERS where vLLM takes names of their own (0.32 on), and always as CUSTOM. vLLM's CPU
     platform takes nothing but CPU_ATTN, so XFV1_CPU=1 puts xfv1 in that place.
+
+    Raises:
+        RuntimeError: in a vLLM that is too old for xfv1.
     """
+    from xfv1.compat import check_version
+
+    check_version()
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND)

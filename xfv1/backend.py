@@ -70,6 +70,11 @@ class XFormersAttentionBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        # Split-K is chosen, and cut, by the host's query lengths.
+        return False
+
+    @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type in (
             AttentionType.DECODER,

@@ -1,11 +1,36 @@
 """All that differs between vLLM's versions (0.26 to 0.33), platforms and caches."""
 
 import functools
+import re
 from typing import Any
 
 import torch
 
+# The first and the last release series of vLLM that xfv1 is tested with.
+TESTED = ((0, 26), (0, 33))
 FP8 = {"fp8": None, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+
+
+@functools.cache
+def check_version() -> None:
+    """Warn, once, of a vLLM that xfv1 is not tested with; it works if its contract still holds.
+
+    Raises:
+        RuntimeError: for a release before those. A development build's number says too little.
+    """
+    from vllm import __version__ as version
+
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    series = (int(numbers[1]), int(numbers[2])) if numbers else None
+    first, last = TESTED
+    tested = f"vLLM {first[0]}.{first[1]} to {last[0]}.{last[1]}"
+    if series and first <= series <= last:
+        return
+    if series and series < first and "dev" not in version:
+        raise RuntimeError(f"xfv1 needs {tested}, found vLLM {version}")
+    from vllm.logger import init_logger
+
+    init_logger("vllm.xfv1").warning("xfv1 is tested with %s, not with vLLM %s", tested, version)
 
 
 @functools.cache

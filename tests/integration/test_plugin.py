@@ -52,15 +52,13 @@ def refusals(**facts: Any) -> list[str]:
 
     from xfv1.backend import XFormersAttentionBackend
 
-    cuda = torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
     asked: dict[str, Any] = {
         "head_size": 64,
         "dtype": torch.float32,
         "kv_cache_dtype": "auto",
         "block_size": 16,
-        "device_capability": DeviceCapability(
-            *torch.cuda.get_device_capability() if cuda else (0, 0)
-        ),
+        "device_capability": DeviceCapability(*capability),
         "attn_type": AttentionType.DECODER,
         **facts,
     }

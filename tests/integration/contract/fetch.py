@@ -1,6 +1,6 @@
 """The Python sources of a released vLLM, from its wheel; nothing is installed.
 
-    python -m tests.integration.contract.fetch 0.26.0 .tox/vllm-sources/0.26.0
+python -m tests.integration.contract.fetch 0.26.0 .tox/vllm-sources/0.26.0
 """
 
 import argparse

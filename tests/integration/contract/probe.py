@@ -32,8 +32,8 @@ from fixtures.cases import AttnCase  # noqa: E402
 BASE = AttnCase(scenario="mixed_small")
 # Batches beside those in each layout that the version has.
 CASES = {
-    "decodes": BASE.replace(scenario="small_decode"),
-    "fresh prefills": BASE.replace(scenario="fresh_prefill"),
+    "decodes": AttnCase(scenario="small_decode"),
+    "fresh prefills": AttnCase(scenario="fresh_prefill"),
     "padding": BASE.replace(pad_tokens=3),
     "sliding window": BASE.replace(sliding_window=17),
     "softcap": BASE.replace(softcap=30.0),
@@ -45,7 +45,7 @@ CASES = {
     "noncausal": BASE.replace(attention="noncausal"),
 }
 WRAPPED = {
-    "encoder": BASE.replace(scenario="fresh_prefill", attention="encoder"),
+    "encoder": AttnCase(scenario="fresh_prefill", attention="encoder"),
     "cross": BASE.replace(attention="cross"),
 }
 NUM_BLOCKS = 5
@@ -127,9 +127,7 @@ def signatures() -> dict[str, list[str]]:
     }
 
 
-def _refused_calls(
-    declaring: type[Any], ours: type[Any], names: tuple[str, ...] = ()
-) -> list[str]:
+def _refused_calls(declaring: type[Any], ours: type[Any], names: tuple[str, ...] = ()) -> list[str]:
     refused = []
     for name in names or dir(declaring):
         declared, defined = getattr(declaring, name), getattr(ours, name, None)
@@ -150,8 +148,9 @@ def _refused_call(declared: Any, defined: Any) -> str:
     if defined is None:
         return "not defined"
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = [p for p in inspect.signature(declared).parameters.values()
-                  if p.kind not in variable]
+    parameters = [
+        p for p in inspect.signature(declared).parameters.values() if p.kind not in variable
+    ]
     names = [p.name for p in parameters]
     required = [p.name for p in parameters if p.default is p.empty]
     calls: list[tuple[list[str], list[str]]] = [(names, []), ([], names), (required, [])]
@@ -167,9 +166,10 @@ def _refused_call(declared: Any, defined: Any) -> str:
 
 
 def layouts() -> dict[str, Any]:
-    """The cache as this vLLM views it for each layout that xfv1 declares.
+    """The cache as this vLLM views it, in each layout that xfv1 declares, the preferred first.
 
-    "views": shape of a layer's view, and its axes by stride, the largest first.
+    "views": shape of a layer's view, and its axes by stride, the largest first. "every": the
+    layouts there are.
     """
     from vllm.v1.attention.backend import AttentionBackend
 
@@ -201,11 +201,7 @@ def layouts() -> dict[str, Any]:
         raw = torch.zeros(size, dtype=torch.int8)
         _, view = create_kv_cache_views(raw, spec, NUM_BLOCKS, layout, tensor)
         views[layout.name] = _described(view)
-    return {
-        "preferred": supported[0].name,
-        "unsupported": sorted({layout.name for layout in KVCacheLayout} - set(views)),
-        "views": views,
-    }
+    return {"views": views, "every": [layout.name for layout in KVCacheLayout]}
 
 
 def _stated_layouts() -> dict[str, Any]:
@@ -229,9 +225,8 @@ def _stated_layouts() -> dict[str, Any]:
         strided[setting] = backend.indexes_kv_by_block_stride()
     utils.set_kv_cache_layout(None)
     return {
-        "preferred": "LBNHC" if utils.get_kv_cache_layout() == "NHD" else "LBHNC",
-        "unsupported": [],
         "views": views,
+        "every": ["LBNHC", "LBHNC"],
         "layered": layered,
         "indexes_kv_by_block_stride": strided,
         "block_dim": backend.get_kv_cache_block_dim(16, 2, 64),
@@ -321,6 +316,28 @@ def builder() -> dict[str, Any]:
     }
 
 
+def context_parallelism() -> str:
+    """What this version's own check says of xfv1's layer where decodes are shared out (DCP)."""
+    from vllm.v1.worker.cp_utils import check_attention_cp_compatibility
+
+    from tests.harness.candidate import drive
+
+    config = SimpleNamespace(
+        compilation_config=drive(_backend(), BASE, torch.device("cpu")).config.compilation_config,
+        parallel_config=SimpleNamespace(
+            prefill_context_parallel_size=1,
+            decode_context_parallel_size=2,
+            cp_kv_cache_interleave_size=1,
+        ),
+        speculative_config=None,
+    )
+    try:
+        check_attention_cp_compatibility(config)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
 def cpu_selection() -> str:
     """The backend of a layer for which this version's selector chose, where CPU_ATTN is xfv1."""
     from vllm.config import set_current_vllm_config
@@ -385,7 +402,7 @@ def cuda(capability: tuple[int, int]) -> Iterator[Any]:
     """vLLM's own platform for NVIDIA's cards, in force over one that is not there."""
     with (
         _stubbed("vllm._C_stable_libtorch", "vllm._C"),
-        mock.patch("torch.cuda.get_device_capability", lambda device=None: capability),
+        mock.patch("torch.cuda.get_device_capability", return_value=capability),
     ):
         module = importlib.import_module("vllm.platforms.cuda")
         with _in_force(module.NonNvmlCudaPlatform):
@@ -400,8 +417,8 @@ def rocm(arch: str) -> Iterator[Any]:
     with (
         _stubbed("vllm._C_stable_libtorch", "vllm._C", "vllm._rocm_C"),
         mock.patch("torch.version.hip", "7.0"),
-        mock.patch("torch.cuda.get_device_properties", lambda device=None: properties),
-        mock.patch("torch.cuda.get_device_capability", lambda device=None: capability),
+        mock.patch("torch.cuda.get_device_properties", return_value=properties),
+        mock.patch("torch.cuda.get_device_capability", return_value=capability),
     ):
         module = importlib.import_module("vllm.platforms.rocm")
         with _in_force(module.RocmPlatform):
@@ -468,6 +485,7 @@ SECTIONS: tuple[Callable[[], Any], ...] = (
     layouts,
     batches,
     builder,
+    context_parallelism,
     cpu_selection,
     gpu_selection,
 )

@@ -1,0 +1,293 @@
+"""Does the dispatch choose an op that can serve, on cards that are not here, and say why if none?"""
+
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from xfv1 import dispatch
+from xfv1.dispatch import OPS, RULES, NoOp, UnknownOp, choose, layer_reasons, order_of
+from xfv1.ops import vllm_fa
+from xfv1.ops.base import DECODE, ENCODER, PHASES, PREFILL, Batch, Device, Layer
+
+pytestmark = pytest.mark.cpu
+
+TURING, AMPERE = Device("cuda", (7, 5)), Device("cuda", (8, 0))
+HOPPER, BLACKWELL = Device("cuda", (9, 0)), Device("cuda", (10, 0))
+MI300 = Device("hip", (9, 4))
+CPU, INTERPRETED = Device("cpu"), Device("cpu", interpreted=True)
+DEVICES = {
+    "turing": TURING,
+    "ampere": AMPERE,
+    "ada": Device("cuda", (8, 9)),
+    "hopper": HOPPER,
+    "blackwell": BLACKWELL,
+    "mi300": MI300,
+    "cpu": CPU,
+    "interpreter": INTERPRETED,
+}
+PACKAGES = ("xformers", "flash_attn_3", "triton")
+EVERYTHING = (*PACKAGES, "vllm_fa")
+
+PLAIN = Layer(
+    num_heads=8,
+    num_kv_heads=2,
+    head_size=128,
+    dtype=torch.float16,
+    kv_dtype=torch.float16,
+    block_size=16,
+)
+BFLOAT16 = dataclasses.replace(PLAIN, dtype=torch.bfloat16, kv_dtype=torch.bfloat16)
+FLOAT32 = dataclasses.replace(PLAIN, dtype=torch.float32, kv_dtype=torch.float32)
+FEATURES: dict[str, dict[str, Any]] = {
+    "sliding window": {"sliding_window": 64},
+    "softcap": {"softcap": 30.0},
+    "alibi": {"alibi": True},
+    "alibi sqrt": {"alibi": True, "alibi_sqrt": True},
+    "sinks": {"sinks": True},
+    "fp8": {"kv_dtype": torch.float8_e5m2},
+    "noncausal": {"causal": False},
+}
+LAYERS = {
+    "plain": PLAIN,
+    "bfloat16": BFLOAT16,
+    "float32": FLOAT32,
+    **{f"head size {n}": dataclasses.replace(PLAIN, head_size=n) for n in (16, 80, 100, 256, 512)},
+    **{f"block size {n}": dataclasses.replace(PLAIN, block_size=n) for n in (32, 64, 48)},
+    **{name: dataclasses.replace(PLAIN, **facts) for name, facts in FEATURES.items()},
+}
+DECODES = Batch(DECODE, num_reqs=64, max_seq_len=4096)
+VERIFICATION = Batch(DECODE, num_reqs=8, max_query_len=4, max_seq_len=4096)
+PREFILLS = Batch(PREFILL, num_reqs=4, max_query_len=512, max_seq_len=4096, uniform=False)
+FRESH = Batch(PREFILL, num_reqs=4, max_query_len=512, max_seq_len=512, uniform=False, fresh=True)
+ENCODERS = Batch(ENCODER, num_reqs=4, max_query_len=512, max_seq_len=512, uniform=False, fresh=True)
+BATCHES = {
+    "decodes": DECODES,
+    "verification": VERIFICATION,
+    "uneven verification": dataclasses.replace(VERIFICATION, uniform=False),
+    "decodes, HND": dataclasses.replace(DECODES, token_major=False),
+    "prefills": PREFILLS,
+    "prefills, HND": dataclasses.replace(PREFILLS, token_major=False),
+    "fresh prefills": FRESH,
+    "encoders": ENCODERS,
+}
+
+
+def runs_on(name: str, device: Device) -> bool:
+    """Where an op's kernels exist at all, from their authors' words."""
+    if name == "torch":
+        return device.kind == "cpu"
+    if name in ("triton", "xformers_splitk"):
+        # xFormers builds split-K for neither Pascal nor Turing.
+        least = (8, 0) if name == "xformers_splitk" else (7, 5)
+        return {
+            "cuda": device.capability >= least,
+            "hip": True,
+            "cpu": device.interpreted,
+        }[device.kind]
+    kind, first, last = {
+        "vllm_fa3": ("cuda", (9, 0), (9, 0)),
+        "vllm_fa2": ("cuda", (8, 0), (99, 0)),
+        "xformers_fa3": ("cuda", (8, 0), (9, 0)),
+        "xformers_fa2": ("cuda", (8, 0), (99, 0)),
+        "xformers_cutlass": ("cuda", (5, 0), (99, 0)),
+        "xformers_ck": ("hip", (0, 0), (99, 0)),
+    }[name]
+    return device.kind == kind and first <= device.capability <= last
+
+
+# Features that an op would ignore in silence: it has no argument for them.
+IGNORES = {
+    "xformers_splitk": {"sliding window", "softcap", "alibi", "alibi sqrt", "sinks", "fp8"},
+    "xformers_fa3": {"softcap", "alibi", "alibi sqrt", "sinks"},
+    "xformers_fa2": {"softcap", "alibi", "alibi sqrt", "sinks"},
+    "xformers_cutlass": {"softcap", "alibi sqrt", "sinks"},
+    "xformers_ck": {"softcap", "alibi sqrt", "sinks"},
+    "vllm_fa3": {"alibi", "alibi sqrt"},
+    "vllm_fa2": {"sinks", "alibi sqrt"},
+    "triton": set(),
+    "torch": set(),
+}
+
+Install = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Sets which packages the ops find; everything, until told otherwise."""
+    found = importlib.util.find_spec
+
+    def install(*names: str) -> None:
+        def find_spec(name: str, package: str | None = None) -> Any:
+            if name in PACKAGES:
+                return object() if name in names else None
+            return found(name, package)
+
+        def unavailable(version: int) -> str | None:
+            return None if "vllm_fa" in names else f"no FlashAttention {version}"
+
+        monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+        monkeypatch.setattr(vllm_fa, "_unavailable", unavailable)
+        dispatch._choose.cache_clear()
+
+    monkeypatch.delenv("XFV1_OPS", raising=False)
+    install(*EVERYTHING)
+    yield install
+    dispatch._choose.cache_clear()
+
+
+def only(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    monkeypatch.setenv("XFV1_OPS", setting)
+
+
+@pytest.mark.parametrize("packages", [EVERYTHING, PACKAGES, ("xformers", "triton"), ("triton",)])
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_chosen_op_is_the_first_that_can(
+    install: Install, device: Device, packages: tuple[str, ...]
+) -> None:
+    """For every layer and batch; and it exists there, and ignores nothing of the layer."""
+    install(*packages)
+    for name, layer in LAYERS.items():
+        for batch in BATCHES.values():
+            op = choose(layer, batch, device)
+            order = order_of(layer, batch, device)
+            able = [n for n in order if not OPS[n].not_supported_reasons(layer, batch, device)]
+            assert op.name == able[0]
+            assert runs_on(op.name, device)
+            assert name not in IGNORES[op.name]
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_every_device_serves_every_layer_with_triton_alone(
+    install: Install, layer: Layer, device: Device
+) -> None:
+    install("triton")
+    assert layer_reasons(layer, device) == []
+    assert layer_reasons(layer, device, encoder=True) == []
+    expected = {"torch"} if device.kind == "cpu" else {"triton"}
+    names = {choose(layer, batch, device).name for batch in BATCHES.values()}
+    assert names <= expected | ({"triton"} if device.interpreted else set())
+
+
+@pytest.mark.parametrize(
+    ("device", "layer", "batch", "expected"),
+    [
+        pytest.param(TURING, PLAIN, DECODES, "triton", id="turing decodes"),
+        pytest.param(TURING, PLAIN, VERIFICATION, "triton", id="turing verification"),
+        pytest.param(TURING, PLAIN, PREFILLS, "xformers_cutlass", id="turing prefills"),
+        pytest.param(TURING, PLAIN, FRESH, "xformers_cutlass", id="turing fresh prefills"),
+        pytest.param(TURING, PLAIN, ENCODERS, "xformers_cutlass", id="turing encoders"),
+        pytest.param(TURING, BFLOAT16, PREFILLS, "triton", id="turing bfloat16"),
+        pytest.param(AMPERE, FLOAT32, PREFILLS, "xformers_cutlass", id="ampere float32"),
+        pytest.param(AMPERE, FLOAT32, DECODES, "triton", id="ampere float32 decodes"),
+        pytest.param(HOPPER, LAYERS["alibi sqrt"], PREFILLS, "triton", id="hopper alibi sqrt"),
+        pytest.param(BLACKWELL, LAYERS["sinks"], DECODES, "triton", id="blackwell sinks"),
+        pytest.param(MI300, LAYERS["sinks"], PREFILLS, "triton", id="mi300 sinks"),
+        pytest.param(MI300, FLOAT32, PREFILLS, "triton", id="mi300 float32"),
+        pytest.param(INTERPRETED, BFLOAT16, DECODES, "torch", id="interpreter bfloat16"),
+    ],
+)
+def test_where_little_choice_is_left(
+    device: Device, layer: Layer, batch: Batch, expected: str
+) -> None:
+    assert choose(layer, batch, device).name == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "batch", "expected"),
+    [
+        ("xformers_splitk,triton", AMPERE, DECODES, "xformers_splitk"),
+        ("triton,xformers_splitk", AMPERE, DECODES, "triton"),
+        ("xformers_splitk,triton", TURING, DECODES, "triton"),
+        ("xformers_splitk,triton", AMPERE, VERIFICATION, "xformers_splitk"),
+        ("xformers_splitk,triton", AMPERE, BATCHES["uneven verification"], "triton"),
+        ("xformers_splitk,triton", AMPERE, BATCHES["decodes, HND"], "triton"),
+        ("xformers_splitk,triton", AMPERE, PREFILLS, "triton"),
+        ("xformers_splitk,triton", MI300, DECODES, "xformers_splitk"),
+        ("xformers_fa3,triton", HOPPER, PREFILLS, "xformers_fa3"),
+        ("xformers_fa3,triton", HOPPER, BATCHES["prefills, HND"], "triton"),
+        ("xformers_fa3,triton", BLACKWELL, PREFILLS, "triton"),
+        ("vllm_fa3,vllm_fa2,triton", HOPPER, DECODES, "vllm_fa3"),
+        ("vllm_fa3,vllm_fa2,triton", BLACKWELL, DECODES, "vllm_fa2"),
+        ("vllm_fa3,vllm_fa2,triton", AMPERE, DECODES, "vllm_fa2"),
+        ("vllm_fa3,vllm_fa2,triton", TURING, DECODES, "triton"),
+        ("vllm_fa3,vllm_fa2,triton", MI300, DECODES, "triton"),
+        (" xformers_ck , triton ", MI300, PREFILLS, "xformers_ck"),
+    ],
+)
+def test_setting_gives_the_order(
+    monkeypatch: pytest.MonkeyPatch, setting: str, device: Device, batch: Batch, expected: str
+) -> None:
+    only(monkeypatch, setting)
+    assert choose(PLAIN, batch, device).name == expected
+    assert list(order_of(PLAIN, batch, device)) == re.findall(r"\w+", setting)
+
+
+def test_setting_is_heeded_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("triton", "vllm_fa2", "triton"):
+        only(monkeypatch, name)
+        assert choose(PLAIN, DECODES, AMPERE).name == name
+
+
+def test_unknown_op_is_answered_with_the_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "triton,flash")
+    with pytest.raises(UnknownOp, match=r"XFV1_OPS='triton,flash': no op 'flash'") as raised:
+        choose(PLAIN, DECODES, AMPERE)
+    assert all(name in str(raised.value) for name in OPS)
+
+
+def test_no_op_is_answered_with_every_ops_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("xformers_splitk", "vllm_fa2", "xformers_ck")
+    only(monkeypatch, ",".join(names))
+    with pytest.raises(NoOp, match="no op serves prefill: ") as raised:
+        choose(FLOAT32, PREFILLS, TURING)
+    for name in names:
+        reasons = OPS[name].not_supported_reasons(FLOAT32, PREFILLS, TURING)
+        assert len(reasons) > 1
+        assert f"{name}: {', '.join(reasons)}" in str(raised.value)
+
+
+def test_layer_is_refused_by_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "xformers_splitk")
+    (reason,) = layer_reasons(PLAIN, AMPERE)
+    assert reason.startswith("no op serves prefill: xformers_splitk: ")
+    assert len(layer_reasons(FLOAT32, AMPERE)) == 2
+    (reason,) = layer_reasons(PLAIN, AMPERE, encoder=True)
+    assert reason.startswith("no op serves encoder: xformers_splitk: ")
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_amd_is_given_its_own_ops(batch: Batch) -> None:
+    order = order_of(PLAIN, batch, MI300)
+    assert "triton" in order
+    assert batch.phase == DECODE or "xformers_ck" in order
+    able = [n for n in order if not OPS[n].not_supported_reasons(PLAIN, batch, MI300)]
+    assert "triton" in able
+    assert set(able) <= {"triton", "xformers_splitk", "xformers_ck"}
+
+
+def test_rules_name_ops_that_exist_once_each() -> None:
+    for rule in RULES:
+        assert set(rule.order) <= OPS.keys()
+        assert len(set(rule.order)) == len(rule.order)
+        assert rule.phase in PHASES
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_rule_fits_whatever_a_phase_brings(phase: str) -> None:
+    """And each ends with what serves all layers: Triton's op on a GPU, PyTorch's on a CPU."""
+    fitting = set()
+    for device in DEVICES.values():
+        for head_size in (1, 16, 64, 128, 256, 512):
+            layer = dataclasses.replace(PLAIN, head_size=head_size)
+            for num_reqs in (1, 8, 256, 4096):
+                for max_seq_len in (1, 512, 8192, 1 << 20):
+                    batch = Batch(phase, num_reqs=num_reqs, max_seq_len=max_seq_len)
+                    fitting.add(next(r for r in RULES if r.fits(layer, batch, device)))
+    assert {rule.phase for rule in fitting} == {phase}
+    assert all({"triton", "torch"} <= set(rule.order) for rule in fitting)
