@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    _pin_gpu()
+    _share_machine()
     if hasattr(config, "workerinput"):
         return
     plugin = ReportPlugin(config)
@@ -59,14 +59,17 @@ def _targets_conformance(config: pytest.Config) -> bool:
     return all("conformance" in arg for arg in config.args)
 
 
-def _pin_gpu() -> None:
-    """Give each xdist worker a GPU of its own, before anything starts CUDA."""
+def _share_machine() -> None:
+    """Give each xdist worker its part of the cores, and a GPU of its own where there are several;
+    before anything starts CUDA."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if not worker:
         return
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     import torch
 
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     if len(devices) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[int(worker.removeprefix("gw")) % len(devices)]

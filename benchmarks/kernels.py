@@ -19,6 +19,7 @@ import gc
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -48,6 +49,8 @@ MAX_LAYERS = 24
 CYCLES_PER_CALL = 400_000
 # Of the time in all, what compiling ahead may take.
 WARM_SHARE = 0.45
+# Seconds a child may take to end, past its deadline.
+GRACE = 15.0
 CRASHED, MAX_CRASHES = 75, 2
 WHOLE_ROW = "the whole row"
 # What vLLM's backends assume of a decode that runs in a captured graph.
@@ -803,44 +806,42 @@ def supervise(args: argparse.Namespace) -> int:
     """Run children until all is measured, time is out, or nothing more can be learnt."""
     with contextlib.suppress(FileNotFoundError):
         args.json.unlink()
-    arguments = [arg for arg in sys.argv[1:] if arg != "--worker"]
-    child = [sys.executable, "-m", "benchmarks.kernels", *arguments, "--worker"]
+    child = [sys.executable, "-m", "benchmarks.kernels", *sys.argv[1:], "--worker"]
     child += ["--deadline", str(args.deadline), "--json", str(args.json)]
-    extra: list[subprocess.Popen[bytes]] = []
-    if "flashinfer" in args.peers and not args.sweep and args.device == "cuda":
-        extra.append(_start([*child, "--compile-flashinfer"], {"MAX_JOBS": "8"}))
     code = 0
-    try:
+    # Ended from outside, take the children along: they are sessions of their own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with contextlib.ExitStack() as stack:
+
+        def start(*extra: str, quiet: bool = True, **environ: str) -> "subprocess.Popen[bytes]":
+            output = subprocess.DEVNULL if quiet else None
+            process = subprocess.Popen(
+                [*child, *extra], cwd=ROOT, stdout=output, stderr=output, start_new_session=True,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **environ},
+            )  # fmt: skip
+            stack.callback(_stop, process)
+            return process
+
+        if "flashinfer" in args.peers and not args.sweep and args.device == "cuda":
+            start("--compile-flashinfer", MAX_JOBS="8")
         if args.warm and args.device == "cuda":
-            with tempfile.TemporaryDirectory() as folder:
-                shards = [
-                    _start([*child, "--shard", f"{part}/{args.warm}", "--json", f"{folder}/{part}"])
-                    for part in range(args.warm)
-                ]
-                _wait(shards, args.started + WARM_SHARE * (args.deadline - args.started))
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            shards = [
+                start("--shard", f"{part}/{args.warm}", "--json", f"{folder}/{part}")
+                for part in range(args.warm)
+            ]
+            _wait(shards, args.started + WARM_SHARE * (args.deadline - args.started))
             say(f"kernels compiled after {time.time() - args.started:.0f} s")
         while True:
-            worker = _start(child, output=None)
-            _wait([worker], args.deadline + 30)
+            worker = start(quiet=False)
+            _wait([worker], args.deadline + GRACE)
             code = worker.returncode
             if time.time() > args.deadline or not _note_crash(args.json, code):
                 break
-    finally:
-        for process in extra:
-            _stop(process)
     if not args.sweep and args.json.exists():
         print_table(json.loads(args.json.read_text()))
     say(f"{time.time() - args.started:.0f} s; results: {args.json}")
     return 0 if code in (0, CRASHED) else 1
-
-
-def _start(
-    command: list[str], extra: dict[str, str] | None = None, output: int | None = subprocess.DEVNULL
-) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1", **(extra or {})},
-        stdout=output, stderr=output, start_new_session=True,
-    )  # fmt: skip
 
 
 def _wait(processes: Sequence["subprocess.Popen[bytes]"], deadline: float) -> None:
@@ -852,7 +853,9 @@ def _wait(processes: Sequence["subprocess.Popen[bytes]"], deadline: float) -> No
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """End a child and the compilers it started; they are a process group of their own."""
+    """End a child that still runs, and the compilers it started: they are a group of their own."""
+    if process.poll() is not None:
+        return
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, 9)
     process.wait()
@@ -940,11 +943,11 @@ def _line(entry: dict[str, Any], limits: dict[str, float]) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", nargs="+", choices=[*ROWS], default=["decode", "prefill"])
-    parser.add_argument("--match", default="", help="only rows whose id holds this text")
+    parser.add_argument("--match", nargs="*", default=[""], help="rows whose id holds one of these")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["fa3", "unified"])
     parser.add_argument("--ops", nargs="*", default=["all"], help="xfv1 ops to time alone, or all")
     parser.add_argument("--json", type=Path, default=RESULTS / "kernels.json")
-    parser.add_argument("--budget", type=float, default=240.0, help="seconds in all")
+    parser.add_argument("--budget", type=float, default=225.0, help="seconds in all")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument(
         "--warm", type=int, default=4, help="processes that compile ahead of the measuring one"
@@ -969,7 +972,12 @@ def _shard(text: str) -> tuple[int, int]:
 
 def main() -> int:
     args = arguments()
-    rows = [row for kind in args.rows for row in ROWS[kind] if args.match in row.id]
+    rows = [
+        row
+        for kind in args.rows
+        for row in ROWS[kind]
+        if any(text in row.id for text in args.match)
+    ]
     if args.device == "cpu":
         rows = [row.shrunk() for row in rows]
     if not args.worker:

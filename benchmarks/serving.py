@@ -9,7 +9,6 @@ while the clock runs. CUSTOM is xfv1. The time is that of the whole call, prefil
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -193,22 +192,19 @@ def child(backend: str, timeout: float) -> dict[str, Any]:
         command += ["--worker", str(answer), "--backend", backend]
         log = Path(folder, "log")
         with log.open("wb") as stream:
-            process = subprocess.Popen(
-                command, cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True,
-                env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-            )  # fmt: skip
             try:
-                process.wait(timeout)
+                done = subprocess.run(
+                    command, cwd=ROOT, stdout=stream, stderr=stream, timeout=timeout, check=False,
+                    env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+                )  # fmt: skip
+                outcome = f"ended with {done.returncode}"
             except subprocess.TimeoutExpired:
-                # It and what it started: a process group of their own.
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, 9)
-                process.wait()
+                outcome = f"not done after {timeout:.0f} s"
         if answer.exists():
             result: dict[str, Any] = json.loads(answer.read_text())
             return result
         ending = log.read_text(errors="replace")[-3000:]
-        return {"backend": backend, "failed": f"ended with {process.returncode}: {ending}"}
+        return {"backend": backend, "failed": f"{outcome}: {ending}"}
 
 
 def main() -> int:

@@ -62,6 +62,13 @@ def fp8_dtype(kv_cache_dtype: str) -> torch.dtype | None:
     return platform_dtype
 
 
+def log_once(message: str, *args: object) -> None:
+    """A line in vLLM's log, the first time only."""
+    from vllm.logger import init_logger
+
+    init_logger("vllm.xfv1").info_once(message, *args)
+
+
 def write_kv(
     key: torch.Tensor,
     value: torch.Tensor,

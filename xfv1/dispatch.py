@@ -155,19 +155,28 @@ def explain(tried: dict[str, list[str]]) -> str:
     return "; ".join(f"{name}: {', '.join(why)}" for name, why in tried.items())
 
 
-def layer_reasons(layer: Layer, device: Device, *, encoder: bool = False) -> list[str]:
-    """Why a layer cannot be served at all: one reason for each phase that no op serves.
+def typical_batches(*, encoder: bool = False) -> list[Batch]:
+    """A layer's phases, each as the batch that asks most of an op: ragged, with context."""
+    if encoder:
+        return [Batch(ENCODER, num_reqs=2, max_query_len=64, max_seq_len=64, uniform=False)]
+    return [
+        Batch(DECODE, num_reqs=2, max_seq_len=128),
+        Batch(PREFILL, num_reqs=2, max_query_len=64, max_seq_len=128, uniform=False),
+    ]
 
-    Asked before any work, so of the hardest batch: ragged, with context, in any layout.
-    """
-    phases = [ENCODER] if encoder else [DECODE, PREFILL]
+
+def layer_reasons(layer: Layer, device: Device, *, encoder: bool = False) -> list[str]:
+    """Why a layer cannot be served at all: one reason for each phase that no op serves."""
     refused = []
-    for phase in phases:
-        batch = Batch(
-            phase, num_reqs=2, max_query_len=1 if phase == DECODE else 64, max_seq_len=128
-        )
+    for batch in typical_batches(encoder=encoder):
         try:
             choose(layer, batch, device)
         except NoOp as error:
             refused.append(str(error))
     return refused
+
+
+def summary(layer: Layer, device: Device, *, encoder: bool = False) -> str:
+    """Which op serves each phase of a layer, in words; the layer must be servable."""
+    batches = typical_batches(encoder=encoder)
+    return ", ".join(f"{b.phase} by {choose(layer, b, device).name}" for b in batches)

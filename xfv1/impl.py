@@ -62,12 +62,12 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         self.fp8_dtype = compat.fp8_dtype(kv_cache_dtype)
         self._layers: dict[tuple[torch.dtype, int, bool], Layer] = {}
         device = device_of(compat.device_kind())
-        if refused := dispatch.layer_reasons(
-            self._layer(torch.get_default_dtype(), 16, self.attn_type == AttentionType.DECODER),
-            device,
-            encoder=attn_type in ENCODERS,
-        ):
+        encoder = attn_type in ENCODERS
+        causal = attn_type == AttentionType.DECODER
+        layer = self._layer(torch.get_default_dtype(), 0 if encoder else 16, causal)
+        if refused := dispatch.layer_reasons(layer, device, encoder=encoder):
             raise NotImplementedError("xfv1: " + "; ".join(refused))
+        compat.log_once("xfv1: %s", dispatch.summary(layer, device, encoder=encoder))
 
     def _layer(self, dtype: torch.dtype, block_size: int, causal: bool) -> Layer:
         key = (dtype, block_size, causal)

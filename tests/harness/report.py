@@ -15,6 +15,8 @@ from fixtures.cases import AttnCase
 COLUMNS = ("plain", "sliding_window", "softcap", "alibi", "sinks", "fp8", "other")
 STATUSES = ("passed", "refused", "known", "failed")
 PROPERTY = "conformance"
+# The end of a failure's text holds what was wrong.
+ERROR_CHARACTERS = 1500
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Result:
     share: float | None = None
     reason: str = ""
     seconds: float = 0.0
+    error: str = ""
 
 
 def columns_of(case: AttnCase) -> list[str]:
@@ -76,6 +79,9 @@ class ReportPlugin:
         self.results: list[Result] = []
         self.problems: list[str] = []
         self.facts: dict[str, Any] = {}
+        self.folder = Path(config.getoption("--report"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "results.jsonl").unlink(missing_ok=True)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if "tests/conformance/" not in report.nodeid.replace("\\", "/"):
@@ -100,8 +106,12 @@ class ReportPlugin:
                 share=measured["share"],
                 reason=reason,
                 seconds=round(report.duration, 4),
+                error=report.longreprtext[-ERROR_CHARACTERS:] if status == "failed" else "",
             )
         )
+        # A run that is cut short keeps what it has found.
+        with (self.folder / "results.jsonl").open("a") as stream:
+            stream.write(json.dumps(asdict(self.results[-1])) + "\n")
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if not self.results or session.config.option.collectonly:
@@ -110,10 +120,9 @@ class ReportPlugin:
             self.problems.append("nothing was compared: every case was refused or none was run")
         if self.problems and exitstatus in (0, 5):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        self._write(Path(self.config.getoption("--report")))
+        self._write()
 
-    def _write(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def _write(self) -> None:
         counts = Counter(result.status for result in self.results)
         content = {
             "candidate": self.config.getoption("--candidate"),
@@ -125,7 +134,7 @@ class ReportPlugin:
             **self.facts,
             "results": [asdict(result) for result in self.results],
         }
-        target = folder / "results.json"
+        target = self.folder / "results.json"
         partial = target.with_suffix(".tmp")
         partial.write_text(json.dumps(content, indent=1))
         partial.replace(target)

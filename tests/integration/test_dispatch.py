@@ -1,4 +1,4 @@
-"""Does the dispatch choose an op that can serve, on cards that are not here, and say why if none?"""
+"""Does the dispatch choose an op that can serve, on cards not here too, and say why if none can?"""
 
 import dataclasses
 import importlib.util

@@ -12,10 +12,13 @@ pytestmark = pytest.mark.cpu
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What xfv1 logs: vLLM's loggers do not propagate to pytest's."""
+def log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[pytest.LogCaptureFixture]:
+    """What xfv1 logs, whether vLLM's loggers propagate to pytest's or not."""
     logger = logging.getLogger("vllm.xfv1")
     logger.addHandler(caplog.handler)
+    monkeypatch.setattr(logger, "propagate", False)
     caplog.set_level(logging.WARNING, logger=logger.name)
     yield caplog
     logger.removeHandler(caplog.handler)

@@ -43,6 +43,8 @@ class VllmFlashAttention:
         reasons += dtype_reasons(layer, torch.float16, torch.bfloat16)
         more = ("alibi",) if self.version == 2 else ("sinks",)
         reasons += feature_reasons(layer, "sliding_window", "softcap", "noncausal", *more)
+        if layer.sinks and layer.dtype != torch.bfloat16:
+            reasons.append("takes sinks in bfloat16 only")
         if layer.head_size % 8 or layer.head_size > 256:
             reasons.append(f"head size {layer.head_size}: multiples of 8 to 256")
         if batch.phase != ENCODER and layer.block_size % 16:
@@ -81,7 +83,39 @@ class VllmFlashAttention:
             s_aux=call.sinks,
             return_softmax_lse=call.lse is not None,
             fa_version=self.version,
+            scheduler_metadata=_schedule(call, window) if self.version == 3 else None,
             **keys,
         )
         if call.lse is not None:
             call.lse.copy_(result[1].transpose(0, 1)[: call.lse.shape[0]])
+
+
+def _schedule(call: Call, window: list[int]) -> torch.Tensor | None:
+    """FlashAttention 3's plan of its tiles, made by the first layer of a step for all like it.
+
+    It is a small kernel over seq_lens: within a captured graph it runs again at every replay.
+    """
+    if call.batch.phase == ENCODER:
+        return None
+    key = ("fa3_schedule", call.layer)
+    if key not in call.plans:
+        from vllm.vllm_flash_attn import get_scheduler_metadata
+
+        layer = call.layer
+        call.plans[key] = get_scheduler_metadata(
+            batch_size=call.seq_lens.numel(),
+            max_seqlen_q=call.batch.max_query_len,
+            max_seqlen_k=call.batch.max_seq_len,
+            num_heads_q=layer.num_heads,
+            num_heads_kv=layer.num_kv_heads,
+            headdim=layer.head_size,
+            cache_seqlens=call.seq_lens,
+            qkv_dtype=layer.dtype,
+            cu_seqlens_q=call.query_start_loc,
+            page_size=layer.block_size,
+            causal=layer.causal,
+            window_size=window,
+            has_softcap=layer.softcap is not None,
+        )
+    plan: torch.Tensor = call.plans[key]
+    return plan

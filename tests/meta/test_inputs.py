@@ -1,0 +1,461 @@
+"""Inputs are what they say: the same everywhere, poisoned where nobody may look, laid out as asked."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from fixtures.cases import DTYPES, KV_LAYOUTS, AttnCase
+from fixtures.inputs import (
+    GUARD_BLOCKS,
+    HUGE,
+    K_SCALE,
+    LAYER,
+    LAYERS,
+    NULL_BLOCK,
+    SPARE_BLOCKS,
+    TORCH_DTYPES,
+    V_SCALE,
+    AttnInputs,
+    Poison,
+    build_inputs,
+    physical_shape,
+)
+from fixtures.scenarios import SCENARIOS
+from tests.harness.oracle import expected, written_cache
+
+# Small, with every feature somewhere; each is a batch of several requests unless it says so.
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"scenario": "mixed_spec"},
+    "edges": {"scenario": "edge_chunked"},
+    "decode": {"scenario": "edge_decode"},
+    "no_query": {"scenario": "mixed_empty"},
+    "prefill": {"scenario": "fresh_prefill"},
+    "block32": {"scenario": "mixed_spec", "block_size": 32},
+    "block1": {"scenario": "mixed_small", "block_size": 1},
+    "window1": {"scenario": "edge_chunked", "sliding_window": 1},
+    "window17": {"scenario": "mixed_spec", "sliding_window": 17},
+    "window_decode": {"scenario": "edge_decode", "sliding_window": 33},
+    "window_past_context": {"scenario": "mixed_spec", "sliding_window": 4096},
+    "noncausal_window": {
+        "scenario": "mixed_spec",
+        "attention": "noncausal",
+        "sliding_window": 11,
+    },
+    "softcap": {"scenario": "mixed_spec", "softcap": 30.0},
+    "alibi": {"scenario": "mixed_spec", "alibi": True},
+    "sinks": {"scenario": "mixed_spec", "sinks": True},
+    "fp8_e4m3": {"scenario": "mixed_spec", "kv_dtype": "fp8_e4m3"},
+    "fp8_e5m2_window": {"scenario": "mixed_spec", "kv_dtype": "fp8_e5m2", "sliding_window": 17},
+    "bf16": {"scenario": "mixed_spec", "dtype": "bf16"},
+    "fp32": {"scenario": "mixed_spec", "dtype": "fp32"},
+    "extreme": {"scenario": "mixed_spec", "logits": "extreme"},
+    "extreme_softcap": {"scenario": "mixed_spec", "logits": "extreme", "softcap": 30.0},
+    "fused_qkv": {"scenario": "mixed_spec", "fused_qkv": True},
+    "fused_qkv_padded": {"scenario": "mixed_spec", "fused_qkv": True, "pad_tokens": 5},
+    "kv_sharing": {"scenario": "mixed_spec", "kv_sharing": True},
+    "kv_sharing_window": {"scenario": "mixed_spec", "kv_sharing": True, "sliding_window": 17},
+    "padded": {"scenario": "edge_decode", "pad_reqs": 3, "pad_tokens": 4},
+    "shared_prefix": {"scenario": "mixed_medium", "shared_prefix": True},
+    "shared_prefix_window": {
+        "scenario": "mixed_medium",
+        "shared_prefix": True,
+        "sliding_window": 17,
+    },
+    "encoder": {"scenario": "encoder_small", "attention": "encoder"},
+    "cross": {"scenario": "cross_small", "attention": "cross"},
+    **{f"layout_{name}": {"scenario": "mixed_spec", "kv_layout": name} for name in KV_LAYOUTS},
+}
+# Those whose context lies in a cache of their own.
+OWN_BLOCKS = [name for name, fields in CASES.items() if not fields.get("shared_prefix")]
+CACHED = [name for name in CASES if name not in ("encoder", "cross")]
+
+
+def _case(name: str, **changes: Any) -> AttnCase:
+    return AttnCase(**{**CASES[name], **changes})
+
+
+def _tensors(inputs: AttnInputs) -> dict[str, torch.Tensor]:
+    """The fields that are tensors, by name."""
+    values = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy as bytes, so that NaN compares equal to itself."""
+    return tensor.contiguous().cpu().view(torch.uint8)
+
+
+def _same(one: AttnInputs, other: AttnInputs) -> None:
+    ours, theirs = _tensors(one), _tensors(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(_raw(tensor), _raw(theirs[name])), name
+        assert tensor.stride() == theirs[name].stride(), name
+
+
+def _blocks(case: AttnCase, row: int) -> int:
+    """Blocks of a request's keys."""
+    return -(-case.seq_lens[row] // case.block_size)
+
+
+def _freed(case: AttnCase, row: int) -> int:
+    """Blocks all of whose keys lie before the window of the request's first query.
+
+    That query is at position seq_len - query_len and sees W keys, so the first key seen is at
+    seq_len - query_len - W + 1, and whole blocks before it are free.
+    """
+    if case.sliding_window is None or not case.query_lens[row] or case.shared_prefix:
+        return 0
+    first = case.seq_lens[row] - case.query_lens[row] - case.sliding_window + 1
+    return max(first, 0) // case.block_size
+
+
+# The same numbers, always and everywhere.
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("poison", Poison)
+def test_building_twice_gives_the_same(name: str, poison: Poison) -> None:
+    """Whatever else has drawn from torch's global generator, and without drawing from it."""
+    torch.manual_seed(1)
+    first = build_inputs(_case(name), poison=poison)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    _same(first, build_inputs(_case(name), poison=poison))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_variant_draws_other_numbers_of_the_same_shape(name: str) -> None:
+    one, other = build_inputs(_case(name)), build_inputs(_case(name, variant=1))
+    assert not torch.equal(one.query, other.query)
+    assert not torch.equal(one.key, other.key)
+    assert [t.shape for t in _tensors(one).values()] == [t.shape for t in _tensors(other).values()]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_another_device_has_the_same_inputs(name: str) -> None:
+    """Its shapes and strides on any device, its numbers on those that hold some."""
+    here = build_inputs(_case(name))
+    for device in ("meta", *(["cuda"] if torch.cuda.is_available() else [])):
+        there = build_inputs(_case(name), device)
+        for field, tensor in _tensors(there).items():
+            assert tensor.device.type == device, field
+            wanted = getattr(here, field)
+            assert (tensor.shape, tensor.stride()) == (wanted.shape, wanted.stride()), field
+            assert (tensor.dtype, tensor.storage_offset()) == (
+                wanted.dtype,
+                wanted.storage_offset(),
+            ), field
+        if device != "meta":
+            _same(here, there)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_poison_moves_no_number_that_is_read(name: str) -> None:
+    """Only the tails and the table's padding differ; what the reference reads does not."""
+    contract, strict, out = (build_inputs(_case(name), poison=poison) for poison in Poison)
+    for field, tensor in _tensors(contract).items():
+        if field not in ("cache", "storage"):
+            assert torch.equal(_raw(tensor), _raw(getattr(strict, field))), field
+        if field not in ("block_table",):
+            assert torch.equal(_raw(tensor), _raw(getattr(out, field))), field
+    wanted = expected(contract)
+    for other in (strict, out):
+        assert torch.equal(expected(other).output, wanted.output)
+
+
+# Shapes.
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shapes_and_dtypes_are_vllms(name: str) -> None:
+    case = _case(name)
+    inputs = build_inputs(case)
+    rows, requests = case.num_tokens + case.pad_tokens, len(case.seq_lens) + case.pad_reqs
+    dtype = TORCH_DTYPES[case.dtype]
+    new = sum(case.seq_lens) if case.attention == "cross" else rows
+    assert inputs.query.shape == (rows, case.num_heads, case.head_size)
+    for tensor in (inputs.key, inputs.value):
+        assert tensor.shape == (new, case.num_kv_heads, case.head_size)
+    assert {inputs.query.dtype, inputs.key.dtype, inputs.value.dtype} == {dtype}
+    stored = dtype if case.kv_dtype == "auto" else TORCH_DTYPES[case.kv_dtype]
+    assert inputs.cache.dtype == inputs.storage.dtype == stored
+    assert inputs.cache.shape[1:] == (case.num_kv_heads, case.block_size, 2 * case.head_size)
+    assert inputs.block_table.shape[0] == inputs.num_reqs == requests
+    assert inputs.block_table.dtype == torch.int32
+    assert inputs.slot_mapping.shape == (new if case.attention == "cross" else rows,)
+    assert inputs.slot_mapping.dtype == torch.int64
+    assert inputs.seq_lens.tolist() == [*case.seq_lens, *[0] * case.pad_reqs]
+    starts = [sum(case.query_lens[:row]) for row in range(len(case.query_lens) + 1)]
+    assert inputs.query_start_loc.tolist() == [*starts, *[case.num_tokens] * case.pad_reqs]
+    assert inputs.seq_lens.dtype == inputs.query_start_loc.dtype == torch.int32
+    assert (inputs.k_scale, inputs.v_scale) == (
+        (1.0, 1.0) if case.kv_dtype == "auto" else (K_SCALE, V_SCALE)
+    )
+    assert (inputs.alibi_slopes is not None) == case.alibi
+    assert (inputs.sinks is not None) == case.sinks
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_that_a_model_computes_is_finite(name: str) -> None:
+    inputs = build_inputs(_case(name))
+    for tensor in (inputs.query, inputs.key, inputs.value):
+        assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize("layout", KV_LAYOUTS)
+def test_a_layout_orders_the_storages_axes(layout: str) -> None:
+    """Outermost first; the innermost axis has stride 1, each other that of what lies inside it."""
+    case = _case(f"layout_{layout}")
+    inputs = build_inputs(case)
+    blocks = inputs.cache.shape[0] + GUARD_BLOCKS
+    size = {
+        "L": LAYERS,
+        "B": blocks,
+        "H": case.num_kv_heads,
+        "N": case.block_size,
+        "C": 2 * case.head_size,
+    }
+    stride = {axis: math.prod(size[inner] for inner in layout[at + 1 :]) for at, axis in enumerate(layout)}
+    assert inputs.cache.stride() == tuple(stride[axis] for axis in "BHNC")
+    assert inputs.cache.storage_offset() == LAYER * stride["L"]
+    assert inputs.storage.numel() == math.prod(size.values())
+    assert physical_shape(case, inputs.storage.numel()) == (layout, tuple(size[axis] for axis in layout))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_cache_is_a_view_of_its_storage(name: str) -> None:
+    """And so is a copy of its own storage, which nothing else shares."""
+    inputs = build_inputs(_case(name))
+    assert inputs.cache.untyped_storage().data_ptr() == inputs.storage.untyped_storage().data_ptr()
+    cache, storage = inputs.new_cache()
+    assert cache.untyped_storage().data_ptr() == storage.untyped_storage().data_ptr()
+    assert storage.data_ptr() != inputs.storage.data_ptr()
+    assert (cache.stride(), cache.storage_offset()) == (
+        inputs.cache.stride(),
+        inputs.cache.storage_offset(),
+    )
+    assert torch.equal(_raw(cache), _raw(inputs.cache))
+    key_cache, value_cache = inputs.split_cache(cache)
+    half = inputs.case.head_size
+    assert torch.equal(_raw(key_cache), _raw(cache[..., :half].transpose(1, 2)))
+    assert torch.equal(_raw(value_cache), _raw(cache[..., half:].transpose(1, 2)))
+
+
+@pytest.mark.parametrize("name", ["fused_qkv", "fused_qkv_padded"])
+def test_a_fused_projections_slices_share_its_rows(name: str) -> None:
+    """A row is num_heads + 2 num_kv_heads heads long; query, key, value lie one after another."""
+    case = _case(name)
+    inputs = build_inputs(case)
+    row = (case.num_heads + 2 * case.num_kv_heads) * case.head_size
+    tensors = (inputs.query, inputs.key, inputs.value)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    assert {tensor.stride() for tensor in tensors} == {(row, case.head_size, 1)}
+    at = [0, case.num_heads * case.head_size, (case.num_heads + case.num_kv_heads) * case.head_size]
+    assert [tensor.storage_offset() for tensor in tensors] == at
+
+
+def test_without_a_fused_projection_rows_are_contiguous() -> None:
+    inputs = build_inputs(_case("padded"))
+    assert all(tensor.is_contiguous() for tensor in (inputs.query, inputs.key, inputs.value))
+
+
+# Blocks, slots and tables.
+
+
+@pytest.mark.parametrize("name", OWN_BLOCKS)
+def test_requests_own_their_blocks(name: str) -> None:
+    """No block twice, none of them the null block, none past the cache; and not in order."""
+    case = _case(name)
+    inputs = build_inputs(case)
+    owned = [
+        block
+        for row in range(len(case.seq_lens))
+        for block in inputs.block_table[row, _freed(case, row) : _blocks(case, row)].tolist()
+    ]
+    assert len(set(owned)) == len(owned)
+    assert all(NULL_BLOCK < block < inputs.cache.shape[0] - SPARE_BLOCKS for block in owned)
+    assert owned != sorted(owned)
+
+
+def test_a_shared_prefix_is_the_same_blocks_one_of_them_twice() -> None:
+    """Shared: the whole blocks of the shortest context. What comes after is a request's own."""
+    case = _case("shared_prefix")
+    table = build_inputs(case).block_table.tolist()
+    pairs = list(zip(case.query_lens, case.seq_lens, strict=True))
+    shared = min(k - q for q, k in pairs) // case.block_size
+    assert shared > 1
+    assert len({tuple(row[:shared]) for row in table}) == 1
+    assert table[0][0] == table[0][1]
+    rest = [block for row, ids in enumerate(table) for block in ids[shared : _blocks(case, row)]]
+    assert len(set(rest)) == len(rest)
+    assert not set(rest) & set(table[0][:shared])
+
+
+@pytest.mark.parametrize("name", [name for name in CACHED if CASES[name].get("sliding_window")])
+def test_blocks_before_the_window_are_freed(name: str) -> None:
+    """Their entries are the null block, and all other entries are not."""
+    case = _case(name)
+    table = build_inputs(case).block_table
+    for row in range(len(case.seq_lens)):
+        used = table[row, : _blocks(case, row)]
+        assert (used == NULL_BLOCK).tolist() == [at < _freed(case, row) for at in range(len(used))]
+
+
+def test_some_case_has_freed_blocks() -> None:
+    for name in ("window1", "window17", "window_decode", "noncausal_window"):
+        case = _case(name)
+        assert sum(_freed(case, row) for row in range(len(case.seq_lens))) > 0
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("poison", Poison)
+def test_entries_past_a_requests_last_block_are_stale(name: str, poison: Poison) -> None:
+    """They name spare blocks, all NaN, or blocks past the cache; at least two to a row."""
+    case = _case(name)
+    inputs = build_inputs(case, poison=poison)
+    blocks = inputs.cache.shape[0]
+    for row in range(len(case.seq_lens)):
+        stale = inputs.block_table[row, _blocks(case, row) :]
+        assert len(stale) >= 2
+        if poison is Poison.OUT_OF_RANGE:
+            assert ((stale >= blocks) & (stale < blocks + GUARD_BLOCKS)).all()
+        else:
+            assert ((stale >= blocks - SPARE_BLOCKS) & (stale < blocks)).all()
+    assert (inputs.block_table[len(case.seq_lens) :] == NULL_BLOCK).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_slot_is_its_tokens_place_in_its_requests_own_block(name: str) -> None:
+    """slot = block_table[row, position // block_size] * block_size + position % block_size."""
+    case = _case(name)
+    inputs = build_inputs(case)
+    size, wanted = case.block_size, []
+    for row, (query_len, length) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
+        for position in range(0 if case.attention == "cross" else length - query_len, length):
+            block = int(inputs.block_table[row, position // size])
+            wanted.append(block * size + position % size)
+    assert inputs.slot_mapping[: len(wanted)].tolist() == wanted
+    assert inputs.slot_mapping[len(wanted) :].tolist() == [-1] * case.pad_tokens
+    if not case.shared_prefix:
+        assert len(set(wanted)) == len(wanted)
+
+
+# Poison.
+
+
+def _roles(inputs: AttnInputs) -> dict[str, torch.Tensor]:
+    """By role, the slots of the cache that have it, as [num_blocks, block_size] masks.
+
+    context: keys written before this batch. new: those the batch writes. tail: in a request's
+    last block, past its last key. The rest is nobody's.
+    """
+    case = inputs.case
+    shape = (inputs.cache.shape[0], case.block_size)
+    roles = {role: torch.zeros(shape, dtype=torch.bool) for role in ("context", "new", "tail")}
+    for row, (query_len, length) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
+        written = length if case.kv_sharing else length - query_len
+        if case.attention in ("encoder", "cross"):
+            written = 0
+        for position in range(_freed(case, row) * case.block_size, _blocks(case, row) * case.block_size):
+            block = int(inputs.block_table[row, position // case.block_size])
+            role = "context" if position < written else "new" if position < length else "tail"
+            roles[role][block, position % case.block_size] = True
+    return roles
+
+
+def _slots(inputs: AttnInputs, mask: torch.Tensor) -> torch.Tensor:
+    """[slots, num_kv_heads, 2 * head_size] float32: what the cache holds in them."""
+    return inputs.cache.transpose(1, 2)[mask].float()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("poison", Poison)
+def test_poison_is_where_it_says(name: str, poison: Poison) -> None:
+    case = _case(name)
+    inputs = build_inputs(case, poison=poison)
+    roles = _roles(inputs)
+    assert torch.isfinite(_slots(inputs, roles["context"])).all()
+    assert _slots(inputs, roles["new"]).isnan().all()
+    tails = _slots(inputs, roles["tail"])
+    if poison is Poison.STRICT:
+        assert tails.isnan().all()
+    else:
+        # The largest there is, as the cache's dtype holds it.
+        kind = case.dtype if case.kv_dtype == "auto" else case.kv_dtype
+        assert (tails == torch.tensor(HUGE[kind]).to(inputs.cache.dtype).float()).all()
+    nobodys = ~(roles["context"] | roles["new"] | roles["tail"])
+    assert nobodys[NULL_BLOCK].all()
+    assert nobodys[-SPARE_BLOCKS:].all()
+    assert _slots(inputs, nobodys).isnan().all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_of_the_storage_outside_the_cache_is_nan(name: str) -> None:
+    """The other layer and the guard blocks: overwrite the cache by zeros, and the rest is NaN."""
+    inputs = build_inputs(_case(name))
+    cache, storage = inputs.new_cache()
+    cache.copy_(torch.zeros(cache.shape).to(cache.dtype))
+    outside = storage.float().isnan()
+    assert int(outside.sum()) == storage.numel() - cache.numel()
+    assert not (~outside & (storage.float() != 0)).any()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_some_tail_and_some_context_exist(name: str) -> None:
+    """Poison that is nowhere tells nothing; blocks of one slot have no tail, prompts no context."""
+    roles = _roles(build_inputs(_case(name)))
+    if name != "block1":
+        assert roles["tail"].any()
+    if name not in ("prefill", "encoder", "cross"):
+        assert roles["context"].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_huge_poison_is_finite_in_its_dtype(dtype: str) -> None:
+    assert torch.tensor(HUGE[dtype]).to(TORCH_DTYPES[dtype]).isfinite()
+
+
+# The reference's answer to them.
+
+BROAD = [
+    AttnCase(scenario=scenario, attention=attention, num_heads=4, head_size=16, **fields)
+    for scenario in SCENARIOS
+    if "32k" not in scenario
+    for attention in [
+        scenario.partition("_")[0] if scenario.startswith(("encoder", "cross")) else "decoder"
+    ]
+    for fields in (
+        {},
+        {"sliding_window": 17, "dtype": "bf16"},
+        {"softcap": 30.0, "logits": "extreme"},
+        {"alibi": True, "sinks": True, "kv_dtype": "fp8_e4m3"},
+    )
+] + [AttnCase(**fields) for fields in CASES.values()]
+
+
+@pytest.mark.parametrize("case", BROAD, ids=lambda case: case.id)
+def test_the_reference_reads_no_poison(case: AttnCase) -> None:
+    """Output, budget and LSE are finite though all but what is read is NaN; every budget is above 0."""
+    truth = expected(build_inputs(case, poison=Poison.STRICT))
+    for tensor in (truth.output, truth.budget, truth.lse, truth.lse_budget):
+        assert torch.isfinite(tensor).all()
+    assert (truth.budget > 0).all()
+    assert (truth.lse_budget > 0).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_batch_writes_its_new_slots_and_no_other(name: str) -> None:
+    case = _case(name)
+    inputs = build_inputs(case)
+    cache, storage = written_cache(inputs)
+    changed = (_raw(storage) != _raw(inputs.storage)).view(storage.numel(), -1).any(dim=1)
+    where = torch.zeros_like(storage, dtype=torch.bool).logical_or(changed)
+    view = where.as_strided(cache.shape, cache.stride(), cache.storage_offset())
+    new = _roles(inputs)["new"] & (case.attention != "encoder")
+    assert torch.equal(view.transpose(1, 2).flatten(2).any(dim=2), new)
+    assert int(where.sum()) == int(view.sum())
