@@ -60,38 +60,31 @@ class Rule:
         )
 
 
+# PyTorch's and vLLM's FlashAttention 2 hold no code for Hopper and later but what the driver
+# compiles at first use, for minutes; xfv1's own kernel is compiled in seconds.
+HOPPER = ((9, 0), (99, 0))
+PREFILLS = ("xformers_fa2", "xformers_ck", "xformers_cutlass")
+
 # The first rule that fits decides; benchmarks/results holds the measurements.
 RULES: tuple[Rule, ...] = (
     Rule(
         DECODE,
-        ("vllm_fa3", "xformers_fa3", "xformers_splitk", "vllm_fa2", "triton", "torch"),
+        ("vllm_fa3", "xformers_fa3", "xformers_splitk", "triton", "vllm_fa2"),
+        capability=HOPPER,
     ),
+    Rule(DECODE, ("xformers_splitk", "vllm_fa2", "triton", "torch")),
     Rule(
         PREFILL,
-        (
-            "vllm_fa3",
-            "xformers_fa3",
-            "vllm_fa2",
-            "xformers_fa2",
-            "xformers_ck",
-            "xformers_cutlass",
-            "triton",
-            "torch",
-        ),
+        ("vllm_fa3", "xformers_fa3", *PREFILLS, "triton", "vllm_fa2"),
+        capability=HOPPER,
     ),
+    Rule(PREFILL, ("vllm_fa2", *PREFILLS, "triton", "torch")),
     Rule(
         ENCODER,
-        (
-            "xformers_fa3",
-            "vllm_fa3",
-            "xformers_fa2",
-            "vllm_fa2",
-            "xformers_ck",
-            "xformers_cutlass",
-            "triton",
-            "torch",
-        ),
+        ("xformers_fa3", "vllm_fa3", *PREFILLS, "triton", "vllm_fa2"),
+        capability=HOPPER,
     ),
+    Rule(ENCODER, ("vllm_fa2", *PREFILLS, "triton", "torch")),
 )
 
 

@@ -139,7 +139,7 @@ def test_visibility_of_two_queries_at_the_end_of_four_keys(
 
 
 def test_softcap_bends_a_logit_before_the_softmax() -> None:
-    """c = 2, s = [0, 2 atanh(ln(3) / 2)]: capped 2 tanh(atanh(ln(3) / 2)) = ln 3; p = [1/4, 3/4]."""
+    """c = 2, s = [0, 2 atanh(ln(3) / 2)]: 2 tanh(atanh(ln(3) / 2)) = ln 3; p = [1/4, 3/4]."""
     result = _attend([1], [0, 2 * math.atanh(LN3 / 2)], [8, 4], softcap=2.0)
     _equal(result.logits, [0, LN3])
     _equal(result.output, [5])
@@ -151,7 +151,7 @@ def test_softcap_bounds_a_logit() -> None:
 
 
 def test_alibi_takes_slope_times_distance() -> None:
-    """Distances [2, 1, 0], slope ln 2: e^s = [1/4, 1/2, 1], of 7/4: o = (7 + 2 * 14 + 4 * 21) / 7."""
+    """Distances [2, 1, 0], slope ln 2: e^s = [1/4, 1/2, 1], o = (7/4 + 14/2 + 21) / (7/4) = 17."""
     result = _attend([0], [0, 0, 0], [7, 14, 21], alibi_slopes=_per_head(LN2))
     _equal(result.logits, [-2 * LN2, -LN2, 0])
     _equal(result.output, [17])
@@ -174,7 +174,8 @@ def test_alibi_counts_the_context() -> None:
 def test_alibi_counts_forwards_too_without_causality() -> None:
     """Distances |i - j| of two queries of two keys: [0, 1], [1, 0]."""
     slopes = _per_head(1.0)
-    _equal(_attend([0, 0], [0, 0], [1, 1], causal=False, alibi_slopes=slopes).logits, [0, -1, -1, 0])
+    result = _attend([0, 0], [0, 0], [1, 1], causal=False, alibi_slopes=slopes)
+    _equal(result.logits, [0, -1, -1, 0])
 
 
 def test_softcap_comes_before_alibi() -> None:
@@ -225,7 +226,7 @@ def test_consecutive_query_heads_share_a_kv_head() -> None:
 
 
 def test_head_size_two_is_a_dot_product_and_two_outputs() -> None:
-    """q = (1, 2), k = (0, 0) and (ln 3, 0): s = [0, ln 3], p = [1/4, 3/4]; v = (4, 8) and (8, 0)."""
+    """q = (1, 2), k = (0, 0), (ln 3, 0): s = [0, ln 3], p = [1/4, 3/4]; v = (4, 8), (8, 0)."""
     key = torch.tensor([[[0.0, 0.0]], [[LN3, 0.0]]], dtype=torch.float64)
     value = torch.tensor([[[4.0, 8.0]], [[8.0, 0.0]]])
     result = attend(torch.tensor([[[1.0, 2.0]]]), key, value, scale=1.0)
@@ -322,7 +323,7 @@ def test_a_ragged_batch_is_its_requests_one_by_one() -> None:
 
 
 def test_scales_multiply_what_the_cache_holds() -> None:
-    """k_scale 1/2: s = [0, 2 ln 3 / 2] and p = [1/4, 3/4]; v_scale 10: o = 10 (8 / 4 + 3 * 4 / 4)."""
+    """k_scale 1/2: s = [0, 2 ln 3 / 2], p = [1/4, 3/4]; v_scale 10: o = 10 (8 / 4 + 3 * 4 / 4)."""
     output, lse = paged_attention(
         torch.ones(1, 1, 1).double(),
         _cache([[0, 2 * LN3]]),
@@ -365,7 +366,7 @@ def test_a_slot_is_block_times_block_size_plus_offset() -> None:
 
 
 def test_a_slot_of_minus_one_writes_nothing() -> None:
-    """Not even the last slot of the cache, which -1 would index; rows past the slots are padding."""
+    """Not even the cache's last slot, which -1 would index; rows past the slots are padding."""
     key_cache, value_cache = _cache([[0, 0]]), _cache([[0, 0]])
     write_kv(_column(5, 7, 9), _column(6, 8, 9), key_cache, value_cache, torch.tensor([-1, 0]))
     assert key_cache.flatten().tolist() == [7, 0]

@@ -18,8 +18,8 @@ How the work is cut:
 * The query heads that share a KV head are packed: *row* r of a request is token ``r // group``,
   head ``r % group`` of that KV head. A program owns ``block_m`` consecutive rows of one request and
   one KV head, so any group size, 1 to num_heads, packs without waste.
-* Keys are visited in tiles of ``block_n`` positions, aligned to ``block_n``; a tile may span several
-  blocks of the cache. Tiles that every row sees in full take a path without any mask.
+* Keys are visited in tiles of ``block_n`` positions, aligned to ``block_n``; a tile may span
+  several blocks of the cache. Tiles that every row sees in full take a path without any mask.
 * The tiles of a program may be cut over ``num_splits`` programs; each leaves its unnormalised sum,
   max and denominator in the workspace and ``_merge_kernel`` adds them up, in a fixed order.
 
@@ -181,7 +181,7 @@ def _attend(
 ):
     """One online-softmax step over the keys ``tile * BLOCK_N + [0, BLOCK_N)``.
 
-    ``block`` is what ``_block_ids`` gave for the tile. q1, acc1 are the head dimension's first part,
+    ``block`` is what ``_block_ids`` gave for the tile. q1, acc1 are the head dim's first part,
     q2, acc2 its second, or 0.
 
     Without MASKED the caller vouches that every row sees every key of the tile. With it, nothing
@@ -548,8 +548,9 @@ def decode_config(
 ) -> Config:
     """Tiling where few rows share the keys and memory is the limit.
 
-    ``dtype_bytes`` is the query's, in which the keys are computed with. K and V tiles are 16 KiB,
-    of which ``num_stages - 1`` each are in flight; so an SM's shared memory holds three programs.
+    ``dtype_bytes`` is the query's, in which the keys are computed with. Few rows want small tiles,
+    8 KiB of keys, and many small programs to an SM (benchmarks/results, sweep); where the rows
+    fill a tile, 16 KiB, of which ``num_stages - 1`` are in flight.
     """
     rows = group * max_query_len
     if dtype_bytes == 4:
@@ -557,7 +558,10 @@ def decode_config(
     block_m = _row_tile(rows, MAX_DECODE_ROWS)
     if head_size > 256:
         return Config(block_m, 32, 8, 2)
-    return Config(block_m, 8192 // max(_power_of_2(head_size), 64), 8 if block_m == 64 else 4, 3)
+    keys = 8192 // max(_power_of_2(head_size), 64)
+    if block_m == 16:
+        return Config(block_m, keys // 2, 2, 3)
+    return Config(block_m, keys, 8 if block_m == 64 else 4, 3)
 
 
 def prefill_config(

@@ -93,11 +93,12 @@ class VllmFlashAttention:
 def _schedule(call: Call, window: list[int]) -> torch.Tensor | None:
     """FlashAttention 3's plan of its tiles, made by the first layer of a step for all like it.
 
-    It is a small kernel over seq_lens: within a captured graph it runs again at every replay.
+    It is a small kernel over seq_lens. Captured in a graph it runs again at every replay, so a
+    plan made before the capture must not serve in it.
     """
     if call.batch.phase == ENCODER:
         return None
-    key = ("fa3_schedule", call.layer)
+    key = ("fa3_schedule", call.layer, torch.cuda.is_current_stream_capturing())
     if key not in call.plans:
         from vllm.vllm_flash_attn import get_scheduler_metadata
 

@@ -24,6 +24,8 @@ class XFormersFA3:
         reasons += feature_reasons(layer, "sliding_window", "noncausal")
         if not 32 <= layer.head_size <= 256 or layer.head_size % 8:
             reasons.append(f"head size {layer.head_size}: multiples of 8 from 32 to 256")
+        if not layer.causal and layer.sliding_window is not None:
+            reasons.append("no windows without causality")
         paged = batch.phase != ENCODER and not batch.fresh
         if paged and layer.sliding_window is not None:
             reasons.append("no sliding windows over the paged cache")
