@@ -60,8 +60,8 @@ class Rule:
         )
 
 
-# PyTorch's and vLLM's FlashAttention 2 hold no code for Hopper and later but what the driver
-# compiles at first use, for minutes; xfv1's own kernel is compiled in seconds.
+# vLLM's FlashAttention 2 is built for sm_80 and as PTX: from Hopper on the driver compiles it at
+# first use, which can take minutes. xfv1's own kernel takes seconds.
 HOPPER = ((9, 0), (99, 0))
 PREFILLS = ("xformers_fa2", "xformers_ck", "xformers_cutlass")
 
@@ -69,19 +69,19 @@ PREFILLS = ("xformers_fa2", "xformers_ck", "xformers_cutlass")
 RULES: tuple[Rule, ...] = (
     Rule(
         DECODE,
-        ("vllm_fa3", "xformers_fa3", "xformers_splitk", "triton", "vllm_fa2"),
+        ("vllm_fa3", "xformers_fa3", "xformers_splitk", "triton", "vllm_fa2", "torch"),
         capability=HOPPER,
     ),
     Rule(DECODE, ("xformers_splitk", "vllm_fa2", "triton", "torch")),
     Rule(
         PREFILL,
-        ("vllm_fa3", "xformers_fa3", *PREFILLS, "triton", "vllm_fa2"),
+        ("vllm_fa3", "xformers_fa3", *PREFILLS, "triton", "vllm_fa2", "torch"),
         capability=HOPPER,
     ),
     Rule(PREFILL, ("vllm_fa2", *PREFILLS, "triton", "torch")),
     Rule(
         ENCODER,
-        ("xformers_fa3", "vllm_fa3", *PREFILLS, "triton", "vllm_fa2"),
+        ("xformers_fa3", "vllm_fa3", *PREFILLS, "triton", "vllm_fa2", "torch"),
         capability=HOPPER,
     ),
     Rule(ENCODER, ("vllm_fa2", *PREFILLS, "triton", "torch")),
