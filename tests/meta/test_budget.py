@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fixtures.cases import DTYPES, KV_DTYPES, AttnCase
+from fixtures.cases import AttnCase
 from fixtures.inputs import AttnInputs, build_inputs
 from fixtures.scenarios import SCENARIOS
 from tests.harness.oracle import Expected, expected
@@ -19,6 +19,7 @@ from tests.harness.perturb import (
     SEVERAL,
     Perturbation,
     attend_request,
+    blurred,
     distinguishes,
     honest,
     projection,
@@ -97,15 +98,18 @@ def test_a_scale_off_by_a_percent_shows_in_the_sum(scenario: str) -> None:
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [("fp16", "auto"), ("fp16", "fp8_e5m2"), ("bf16", "fp8_e4m3"), ("fp32", "auto")],
+)
 def test_faults_leave_the_budget_of_every_dtype(feature: str, dtype: str, kv_dtype: str) -> None:
     """All faults that apply, each alone, on one mixed batch."""
     shape = {"num_heads": 8, "head_size": 64, "dtype": dtype, "kv_dtype": kv_dtype}
     case = _case("mixed_spec", **{**shape, **FEATURES[feature][0]})
     names = [name for name in PERTURBATIONS if name != SUMMED]
     shares = distinguishes(*_truth(case), names)
-    assert min(shares.values()) >= SEVERAL, f"{case.id} cannot tell {shares}"
+    assert shares or blurred(case)
+    assert all(share >= SEVERAL for share in shares.values()), f"{case.id} cannot tell {shares}"
 
 
 # (fault, fields): what would have to be told apart is the same.

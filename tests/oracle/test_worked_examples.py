@@ -225,6 +225,16 @@ def test_consecutive_query_heads_share_a_kv_head() -> None:
     _equal(result.output, [10, 10, 20, 20])
 
 
+def test_a_query_head_meets_its_own_kv_heads_keys() -> None:
+    """Keys [0, ln 3] of KV head 0, [ln 3, 0] of KV head 1; queries 1, 0 | 1, 0; values 0 and 4.
+
+    Weights of the second key: 3/4, 1/2 | 1/4, 1/2."""
+    query = torch.tensor([[[1.0], [0.0], [1.0], [0.0]]], dtype=torch.float64)
+    key = torch.tensor([[[0.0], [LN3]], [[LN3], [0.0]]], dtype=torch.float64)
+    value = torch.tensor([[[0.0], [0.0]], [[4.0], [4.0]]])
+    _equal(attend(query, key, value, scale=1.0).output, [3, 2, 1, 2])
+
+
 def test_head_size_two_is_a_dot_product_and_two_outputs() -> None:
     """q = (1, 2), k = (0, 0), (ln 3, 0): s = [0, ln 3], p = [1/4, 3/4]; v = (4, 8), (8, 0)."""
     key = torch.tensor([[[0.0, 0.0]], [[LN3, 0.0]]], dtype=torch.float64)

@@ -1,0 +1,46 @@
+"""Does it all hold for cases that nobody thought of? Hypothesis draws them and shrinks a failure.
+
+HYPOTHESIS_PROFILE=nightly or soak draws more, see `fixtures.strategies`.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import event, given
+
+from fixtures.cases import AttnCase
+from fixtures.inputs import build_inputs
+from fixtures.strategies import attn_cases, profile
+from fixtures.tables import TIERS
+from tests.harness.candidate import Refused, drive
+from tests.harness.compare import check_cache, check_output, check_padding
+from tests.harness.oracle import expected
+from tests.harness.report import record_drawn
+
+pytestmark = [getattr(pytest.mark, tier) for tier in TIERS]
+
+
+@profile()
+@given(drawn=attn_cases())
+def test_any_case_matches_the_reference(
+    drawn: AttnCase, candidate: type[Any], device: torch.device, request: pytest.FixtureRequest
+) -> None:
+    """Output within its budget, padding and all of the cache but the new tokens untouched."""
+    inputs = build_inputs(drawn, device)
+    try:
+        outcome = drive(candidate, drawn, device).run(inputs)
+    except Refused as refusal:
+        event(f"refused: {refusal}")
+        record_drawn(request.node, refused=1)
+        return
+    try:
+        truth = expected(inputs, outcome.query)
+        verdict = check_output(inputs, outcome, truth)
+        check_padding(inputs, outcome)
+        check_cache(inputs, outcome, truth.storage)
+    except AssertionError as error:
+        record_drawn(request.node, case=drawn.id)
+        error.add_note(f"the case as a row:\n{drawn.row()}\nrerun with --case={drawn.id}")
+        raise
+    record_drawn(request.node, elements=verdict.elements, share=verdict.share)
