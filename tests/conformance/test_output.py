@@ -1,15 +1,14 @@
 """Is every number of the output what the reference says, within what rounding explains?"""
 
 from fixtures.inputs import AttnInputs
-from tests.harness.candidate import Driver
+from tests.conformance.conftest import Ran
 from tests.harness.compare import check_output, check_padding
 from tests.harness.oracle import expected
 from tests.harness.report import Recorder
 
 
-def test_output_matches_reference(driver: Driver, inputs: AttnInputs, record: Recorder) -> None:
+def test_output_matches_reference(ran: Ran, inputs: AttnInputs, record: Recorder) -> None:
     """Each (token, head, dim) within its budget; rows that are padding untouched."""
-    outcome = driver.run(inputs)
-    verdict = check_output(inputs, outcome, expected(inputs, outcome.query))
+    verdict = check_output(inputs, ran.outcome, expected(inputs, ran.outcome.query))
     record(elements=verdict.elements, share=verdict.share)
-    check_padding(inputs, outcome)
+    check_padding(inputs, ran.outcome)

@@ -4,6 +4,7 @@ import torch
 
 from fixtures.cases import AttnCase
 from fixtures.inputs import Poison, build_inputs
+from fixtures.tables import depth_tier
 from tests.harness.candidate import Driver
 from tests.harness.compare import check_output
 from tests.harness.oracle import expected
@@ -42,3 +43,5 @@ def test_table_entries_past_the_last_block_are_not_followed(
 
 test_nan_in_the_last_blocks_tail_does_not_leak.cases = _has_tail  # type: ignore[attr-defined]
 test_table_entries_past_the_last_block_are_not_followed.cases = _is_paged  # type: ignore[attr-defined]
+test_nan_in_the_last_blocks_tail_does_not_leak.least_tier = depth_tier  # type: ignore[attr-defined]
+test_table_entries_past_the_last_block_are_not_followed.least_tier = depth_tier  # type: ignore[attr-defined]

@@ -30,17 +30,16 @@ def test_any_case_matches_the_reference(
     inputs = build_inputs(drawn, device)
     try:
         outcome = drive(candidate, drawn, device).run(inputs)
-    except Refused as refusal:
-        event(f"refused: {refusal}")
-        record_drawn(request.node, refused=1)
-        return
-    try:
         truth = expected(inputs, outcome.query)
         verdict = check_output(inputs, outcome, truth)
         check_padding(inputs, outcome)
         check_cache(inputs, outcome, truth.storage)
-    except AssertionError as error:
-        record_drawn(request.node, case=drawn.id)
-        error.add_note(f"the case as a row:\n{drawn.row()}\nrerun with --case={drawn.id}")
+    except Refused as refusal:
+        event(f"refused: {refusal}")
+        record_drawn(request.node, refused=1)
+    except Exception as error:
+        error.add_note(f"as a row: {drawn.row()}\nrerun with: --case={drawn.id}")
+        record_drawn(request.node, failed=drawn.id)
         raise
-    record_drawn(request.node, elements=verdict.elements, share=verdict.share)
+    else:
+        record_drawn(request.node, elements=verdict.elements, share=verdict.share)

@@ -1,13 +1,15 @@
 """Does each query see exactly the keys it may: windows, causality, lengths, to the key?"""
 
 from functools import partial
+from typing import Any
 
 import torch
 
 from fixtures.cases import AttnCase
+from fixtures.inputs import TORCH_DTYPES
 from fixtures.probes import build_probe, can_probe
 from reference import visible
-from tests.harness.candidate import Driver
+from tests.harness.candidate import drive
 from tests.harness.compare import Mismatch
 from tests.harness.report import Recorder
 
@@ -17,9 +19,12 @@ COUNTABLE = 64
 
 
 def test_sees_exactly_the_keys_it_may(
-    driver: Driver, case: AttnCase, device: torch.device, record: Recorder
+    candidate: type[Any], case: AttnCase, device: torch.device, record: Recorder
 ) -> None:
     """Zero keys, one-hot values: the output is zero exactly where a key is hidden."""
+    # A sink of logit 0 weighs as much as one key.
+    sinks = torch.zeros(case.num_heads, dtype=TORCH_DTYPES[case.dtype], device=device)
+    driver = drive(candidate, case, device, sinks if case.sinks else None)
     probe = build_probe(case, device)
     output = driver.run(probe.inputs).output.float().cpu()
     starts = probe.inputs.query_start_loc.tolist()
@@ -41,8 +46,7 @@ def test_sees_exactly_the_keys_it_may(
                 f" position {int(queries[token])} {verb} the key at {int(positions[dims[at]])}"
             )
         counts = mask(torch.arange(length)).sum(dim=1)
-        if not case.sinks:
-            _check_counts(rows[..., dims], may, counts, probe.value, request)
+        _check_counts(rows[..., dims], may, counts + case.sinks, probe.value, request)
         asked += wrong.numel()
     record(elements=asked)
 

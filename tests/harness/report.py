@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fixtures.cases import AttnCase
+from fixtures.cases import CUSTOM, AttnCase, CaseError
 
 COLUMNS = ("plain", "sliding_window", "softcap", "alibi", "sinks", "fp8", "other")
 STATUSES = ("passed", "refused", "known", "failed")
@@ -21,7 +21,10 @@ ERROR_CHARACTERS = 1500
 
 @dataclass
 class Result:
-    """One test of one case. share: the worst error in budgets, None where none was measured."""
+    """One test of one case. share: the worst error in budgets, None where none was measured.
+
+    case: its id; of a test that draws its cases the one that failed, or nothing.
+    """
 
     test: str
     case: str
@@ -71,6 +74,34 @@ class Recorder:
         self.node.user_properties.append((PROPERTY, {"elements": elements, "share": share}))
 
 
+def record_drawn(
+    node: pytest.Item,
+    *,
+    elements: int = 0,
+    share: float | None = None,
+    refused: int = 0,
+    failed: str = "",
+) -> None:
+    """Adds one case that a test drew itself to what the test reports, in one user property.
+
+    Args:
+        refused: 1 if the candidate refused it.
+        failed: the case's id, if the test fails by it.
+    """
+    found = [value for name, value in node.user_properties if name == PROPERTY]
+    if not found:
+        found.append({"elements": 0, "share": None, "drawn": 0, "refused": 0, "failed": ""})
+        node.user_properties.append((PROPERTY, found[0]))
+    total = found[0]
+    assert isinstance(total, dict)
+    total["elements"] += elements
+    total["share"] = max((s for s in (total["share"], share) if s is not None), default=None)
+    total["drawn"] += 1
+    total["refused"] += refused
+    # Hypothesis ends with the least case that fails.
+    total["failed"] = failed or total["failed"]
+
+
 class ReportPlugin:
     """Collects results on the controlling process and reports them when all is done."""
 
@@ -90,17 +121,21 @@ class ReportPlugin:
         if report.when != "call" and report.passed:
             return
         measured: dict[str, Any] = {"elements": 0, "share": None}
+        test, _, rest = report.nodeid.rpartition("::")[2].partition("[")
+        case = _case_id(rest.removesuffix("]").partition("@")[0])
+        status, reason = _status(report)
         for name, value in report.user_properties:
             if name == PROPERTY and isinstance(value, dict):
                 measured["elements"] += value["elements"]
                 shares = [s for s in (measured["share"], value["share"]) if s is not None]
                 measured["share"] = max(shares) if shares else None
-        test, _, rest = report.nodeid.rpartition("::")[2].partition("[")
-        status, reason = _status(report)
+                case = case or value.get("failed", "")
+                if value.get("refused"):
+                    reason = reason or f"refused {value['refused']} of {value['drawn']} drawn"
         self.results.append(
             Result(
                 test=test,
-                case=rest.removesuffix("]").partition("@")[0],
+                case=case,
                 status=status,
                 elements=measured["elements"],
                 share=measured["share"],
@@ -127,9 +162,10 @@ class ReportPlugin:
         content = {
             "candidate": self.config.getoption("--candidate"),
             "counts": {status: counts[status] for status in STATUSES},
-            "cases": len({result.case for result in self.results}),
+            "cases": len({result.case for result in self.results} - {""}),
             "elements": sum(result.elements for result in self.results),
             "problems": self.problems,
+            "coverage": self._coverage(),
             **environment(),
             **self.facts,
             "results": [asdict(result) for result in self.results],
@@ -138,6 +174,21 @@ class ReportPlugin:
         partial = target.with_suffix(".tmp")
         partial.write_text(json.dumps(content, indent=1))
         partial.replace(target)
+
+    def _coverage(self) -> str:
+        """What a whole tier's run covered; nothing to say of a part of one."""
+        from fixtures.covering import coverage_line
+
+        option = self.config.option
+        tier = {"cpu": "cpu", "gpu": "gpu", "long": "gpu"}.get(option.markexpr)
+        if tier is None or option.keyword or option.case:
+            return ""
+        passed = {
+            result.case
+            for result in self.results
+            if result.status == "passed" and result.test == "test_output_matches_reference"
+        }
+        return coverage_line(tier, passed)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if not self.results:
@@ -153,7 +204,10 @@ class ReportPlugin:
         for result in self.results:
             if result.status == "failed":
                 name = self.config.getoption("--candidate")
-                write(f"rerun: pytest --candidate={name} --case={result.case}")
+                again = f"--case={result.case}" if result.case else f"-k {result.test}"
+                write(f"rerun: pytest --candidate={name} {again}")
+        if line := self._coverage():
+            write(line)
         for problem in self.problems:
             write(f"PROBLEM: {problem}")
         counts = Counter(result.status for result in self.results)
@@ -163,6 +217,14 @@ class ReportPlugin:
             + (f"; worst error {max(shares):.2f} of its budget" if shares else "")
             + f"; {self.config.getoption('--report')}/results.json"
         )
+
+
+def _case_id(text: str) -> str:
+    """The text, if it is a case's id: other tests may have other parameters, or none."""
+    try:
+        return AttnCase.from_id(text).id
+    except CaseError:
+        return ""
 
 
 def _status(report: pytest.TestReport) -> tuple[str, str]:
@@ -178,15 +240,19 @@ def _status(report: pytest.TestReport) -> tuple[str, str]:
 
 
 def table(results: list[Result]) -> list[str]:
-    """Scenario by feature: how many tests passed, were refused, known or failed; worst share."""
+    """Scenario by feature: how many tests passed, were refused, known or failed; worst share.
+
+    Cases that a test draws are of every kind: custom, other.
+    """
     cells: dict[tuple[str, str], list[Result]] = defaultdict(list)
     scenarios: list[str] = []
     for result in results:
-        case = AttnCase.from_id(result.case)
-        if case.scenario not in scenarios:
-            scenarios.append(case.scenario)
-        for column in columns_of(case):
-            cells[case.scenario, column].append(result)
+        case = AttnCase.from_id(result.case) if result.case else None
+        scenario = case.scenario if case else CUSTOM
+        if scenario not in scenarios:
+            scenarios.append(scenario)
+        for column in columns_of(case) if case else ["other"]:
+            cells[scenario, column].append(result)
     columns = [c for c in COLUMNS if any((s, c) in cells for s in scenarios)]
     body = [["scenario", *columns]]
     body += [[s, *(_cell(cells.get((s, c), [])) for c in columns)] for s in sorted(scenarios)]

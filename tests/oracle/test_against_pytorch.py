@@ -199,7 +199,7 @@ def test_output_and_lse_are_flex_attentions(
     _close(result.lse, lse)
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("lengths", LENGTHS[:3])
 @pytest.mark.parametrize("feature", FLEX)
 def test_a_sink_is_one_more_key_without_a_value(lengths: tuple[int, int], feature: str) -> None:
     """FlexAttention over the keys and one more, whose score is the sink and whose value is 0."""
