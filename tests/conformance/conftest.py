@@ -42,7 +42,7 @@ class Ran:
 
 
 @pytest.fixture
-def ran(candidate: type[Any], case: AttnCase, device: torch.device, inputs: AttnInputs) -> Ran:
+def ran(candidate: Any, case: AttnCase, device: torch.device, inputs: AttnInputs) -> Ran:
     """The candidate's answer to the case: run once, looked at by several tests."""
     try:
         return _ran(candidate, case, device)

@@ -11,7 +11,7 @@ does to them (`reference.lowprec` is one) is a handful of roundings, each with a
    (|v_j| + |o|)**2 <= 2 v_j**2 + 2 o**2 covers both.
 3. Each logit is a float32 dot product, then scaled, shifted and put through an exponential:
    errors proportional to u32 * (scale * |q| |k_j| + |s_j|). A softcap may use the hardware's
-   tanh (tanh.approx.f32, relative error 2**-11, as FlashAttention does): cap * 2**-11 more.
+   tanh in half precision (tanh.approx.f32, as FlashAttention does): 2**-11 of s_j more.
    A logit's error d_j moves the output by p_j * d_j * (v_j - o).
 4. A quantized cache may be dequantized to the model's dtype first: u / sqrt(3) relative on each
    element of k and v more.
@@ -94,8 +94,8 @@ def attention_budget(
         relative += UNIFORM * u * (3.0 / head_size) ** 0.5
     logit_error = relative * scale * norms
     logit_error += LOGIT_ROUNDINGS * U32 * attended.logits.masked_fill(~seen, 0.0).abs()
-    if softcap is not None:
-        logit_error += softcap * TANH_APPROX
+    if softcap is not None and dtype != torch.float32:
+        logit_error += UNIFORM * TANH_APPROX * attended.logits.masked_fill(~seen, 0.0).abs()
 
     weight = p.square() * (UNIFORM**2 * u_p**2 + logit_error.square())
     if quantized:

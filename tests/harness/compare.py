@@ -33,7 +33,9 @@ def check_output(inputs: AttnInputs, outcome: Outcome, expected: Expected) -> Ve
     got = outcome.output[: inputs.case.num_tokens].double()
     error = (got - expected.output).abs()
     # NaN and inf are never within a budget; an exactly right infinity does not occur.
-    share = torch.where(torch.isfinite(got), error / expected.budget, float("inf"))
+    # A row that sees nothing must be exactly zero: its budget is.
+    share = torch.where(error == 0, 0.0, error / expected.budget)
+    share = torch.where(torch.isfinite(got), share, float("inf"))
     worst = float(share.max()) if share.numel() else 0.0
     if share.numel() == 0:
         raise Mismatch("nothing was compared")

@@ -24,13 +24,14 @@ class Known:
     link: str
     versions: tuple[str, ...]
 
-    def matches(self, candidate: str, test: str, case: str, vllm_version: str) -> bool:
-        return (
-            candidate == self.candidate
-            and fnmatch.fnmatchcase(test, self.test)
-            and fnmatch.fnmatchcase(case, self.case)
-            and any(fnmatch.fnmatchcase(vllm_version, pattern) for pattern in self.versions)
+    def applies(self, candidate: str, vllm_version: str) -> bool:
+        """Whether the entry says anything of a run."""
+        return candidate == self.candidate and any(
+            fnmatch.fnmatchcase(vllm_version, pattern) for pattern in self.versions
         )
+
+    def matches(self, test: str, case: str) -> bool:
+        return fnmatch.fnmatchcase(test, self.test) and fnmatch.fnmatchcase(case, self.case)
 
 
 def load_ledger(path: Path = LEDGER) -> list[Known]:

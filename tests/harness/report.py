@@ -15,6 +15,7 @@ from fixtures.cases import CUSTOM, AttnCase, CaseError
 COLUMNS = ("plain", "sliding_window", "softcap", "alibi", "sinks", "fp8", "other")
 STATUSES = ("passed", "refused", "known", "failed")
 PROPERTY = "conformance"
+PROBLEM = "conformance_problems"
 # The end of a failure's text holds what was wrong.
 ERROR_CHARACTERS = 1500
 
@@ -102,13 +103,24 @@ def record_drawn(
     total["failed"] = failed or total["failed"]
 
 
+PROBLEMS = pytest.StashKey[list[str]]()
+
+
+def add_problem(config: pytest.Config, problem: str) -> None:
+    """What makes a run fail whatever its tests say; from an xdist worker too."""
+    if hasattr(config, "workeroutput"):
+        config.workeroutput.setdefault(PROBLEM, []).append(problem)
+    else:
+        config.stash.setdefault(PROBLEMS, []).append(problem)
+
+
 class ReportPlugin:
     """Collects results on the controlling process and reports them when all is done."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.results: list[Result] = []
-        self.problems: list[str] = []
+        self.problems = config.stash.setdefault(PROBLEMS, [])
         self.facts: dict[str, Any] = {}
         self.folder = Path(config.getoption("--report"))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -147,6 +159,12 @@ class ReportPlugin:
         # A run that is cut short keeps what it has found.
         with (self.folder / "results.jsonl").open("a") as stream:
             stream.write(json.dumps(asdict(self.results[-1])) + "\n")
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        # Every worker collects the same, and so finds the same.
+        found = getattr(node, "workeroutput", {}).get(PROBLEM, [])
+        self.problems += [problem for problem in found if problem not in self.problems]
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if not self.results or session.config.option.collectonly:
@@ -201,11 +219,10 @@ class ReportPlugin:
             result.reason for result in self.results if result.status == "refused"
         ).most_common():
             write(f"refused {count}: {reason}")
-        for result in self.results:
-            if result.status == "failed":
-                name = self.config.getoption("--candidate")
-                again = f"--case={result.case}" if result.case else f"-k {result.test}"
-                write(f"rerun: pytest --candidate={name} {again}")
+        failed = [result for result in self.results if result.status == "failed"]
+        # Each case once, whichever of its tests fail.
+        for again in dict.fromkeys(f"--case={r.case}" if r.case else f"-k {r.test}" for r in failed):
+            write(f"rerun: pytest --candidate={self.config.getoption('--candidate')} {again}")
         if line := self._coverage():
             write(line)
         for problem in self.problems:

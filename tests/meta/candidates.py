@@ -1,0 +1,51 @@
+"""Backends that are wrong in one way each: what --candidate must not let pass."""
+
+from typing import Any
+
+from xfv1.backend import XFormersAttentionBackend
+from xfv1.impl import XFormersImpl
+from xfv1.metadata import XFormersMetadataBuilder
+
+NOT_A_BACKEND = 42
+
+
+class _BlindBuilder(XFormersMetadataBuilder):
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, *args: Any) -> Any:
+        """A batch of sequences that are one key shorter, where the queries leave any."""
+        common = common_attn_metadata
+        context = common.seq_lens - common.query_start_loc.diff()
+        lost = (context > 0).to(common.seq_lens.dtype)
+        shorter = common.replace(
+            seq_lens=common.seq_lens - lost,
+            seq_lens_cpu_upper_bound=common.seq_lens_cpu_upper_bound - lost.cpu(),
+        )
+        return super().build(common_prefix_len, shorter, *args)
+
+
+class NewestKeyLost(XFormersAttentionBackend):
+    """xfv1, but no query sees the newest key of its sequence."""
+
+    @staticmethod
+    def get_builder_cls() -> type[XFormersMetadataBuilder]:
+        return _BlindBuilder
+
+
+class _ForgetfulImpl(XFormersImpl):
+    def do_kv_cache_update(self, *args: Any) -> None:
+        pass
+
+
+class CacheNeverWritten(XFormersAttentionBackend):
+    """xfv1, but the new keys and values are lost."""
+
+    @staticmethod
+    def get_impl_cls() -> type[XFormersImpl]:
+        return _ForgetfulImpl
+
+
+class RefusesAll(XFormersAttentionBackend):
+    """xfv1, but with a reason against everything."""
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return False

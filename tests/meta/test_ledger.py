@@ -1,0 +1,120 @@
+"""Known failures are data: a broken entry says what is wrong, one that is out of date fails."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness.ledger import LEDGER, REQUIRED, Known, LedgerError, load_ledger
+from tests.meta.runs import CASE, WRONG, run_suite
+
+BLIND = f"{WRONG}:NewestKeyLost"
+ENTRY: dict[str, Any] = {
+    "candidate": BLIND,
+    "test": "test_output_matches_reference",
+    "case": CASE,
+    "reason": "the newest key is lost",
+    "link": "tests/meta/candidates.py",
+    "versions": ["*"],
+}
+
+
+def _written(folder: Path, *entries: dict[str, Any], name: str = "ledger.toml") -> Path:
+    """A ledger of these entries."""
+    lines = []
+    for entry in entries:
+        # What JSON has for strings, numbers and lists of them is TOML's too.
+        lines += ["[[known]]", *(f"{key} = {json.dumps(value)}" for key, value in entry.items())]
+    path = folder / name
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_an_entry_reads_back(tmp_path: Path) -> None:
+    entries = load_ledger(_written(tmp_path, ENTRY, ENTRY | {"versions": ["0.32.*", "0.33.*"]}))
+    assert entries[0] == Known(**ENTRY | {"versions": ("*",)})
+    assert entries[1].versions == ("0.32.*", "0.33.*")
+
+
+def test_the_suites_own_ledger_loads() -> None:
+    assert LEDGER.is_file()
+    assert all(entry.reason and entry.link for entry in load_ledger())
+
+
+@pytest.mark.parametrize("field", REQUIRED)
+def test_a_missing_field_is_named_with_its_entry(tmp_path: Path, field: str) -> None:
+    broken = {name: value for name, value in ENTRY.items() if name != field}
+    with pytest.raises(LedgerError, match=rf"^ledger.toml, entry 2: {field} is missing$"):
+        load_ledger(_written(tmp_path, ENTRY, broken))
+
+
+@pytest.mark.parametrize("field", REQUIRED)
+@pytest.mark.parametrize("value", ["", [], 3, True])
+def test_a_value_that_is_none_is_named_with_what_is_expected(
+    tmp_path: Path, field: str, value: object
+) -> None:
+    kind = "list" if field == "versions" else "str"
+    with pytest.raises(LedgerError, match=rf"entry 1: {field}=.*: expected a {kind}"):
+        load_ledger(_written(tmp_path, ENTRY | {field: value}))
+
+
+def test_an_unknown_field_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match=r"^ledger.toml, entry 1: since is no field$"):
+        load_ledger(_written(tmp_path, ENTRY | {"since": "today"}))
+
+
+def test_what_is_no_toml_is_said_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.toml"
+    path.write_text("[[known]]\ncandidate =\n")
+    with pytest.raises(LedgerError, match=r"^ledger.toml: .*line 2"):
+        load_ledger(path)
+
+
+def test_patterns_are_a_shells() -> None:
+    known = Known(**ENTRY | {"test": "test_output*", "case": "*-alibi*", "versions": ("0.3?.*",)})
+    assert known.applies(BLIND, "0.32.0")
+    assert not known.applies(BLIND, "0.4.0")
+    assert not known.applies("xfv1", "0.32.0")
+    assert known.matches("test_output_matches_reference", "mixed_small-alibi-sinks")
+    assert not known.matches("test_cache", "mixed_small-alibi-sinks")
+    assert not known.matches("test_output_matches_reference", "mixed_small-sinks")
+
+
+def test_the_ledger_is_strict_both_ways(tmp_path: Path) -> None:
+    """What fails as known is green; what passes all the same, or matches nothing, is red."""
+    passes = ENTRY | {"test": "test_cache_holds*"}
+    elsewhere = ENTRY | {"case": "no_such_case", "versions": ["0.0.*"]}
+    others = ENTRY | {"case": "no_such_case", "candidate": "xfv1"}
+    later = ENTRY | {"case": "large_prefill-*"}
+    stale = ENTRY | {"case": "no_such_case"}
+
+    def command(entries: list[dict[str, Any]], *arguments: str) -> list[str]:
+        path = _written(tmp_path, *entries, name=f"{len(list(tmp_path.iterdir()))}.toml")
+        return [f"--candidate={BLIND}", f"--ledger={path}", *arguments]
+
+    files = ("tests/conformance/test_output.py", "tests/conformance/test_cache.py")
+    few = ("-m", "smoke", "-k", f"test_cache_holds and {CASE}")
+    known, passed, unused = run_suite(
+        tmp_path / "runs",
+        command([ENTRY], *files, f"--case={CASE}"),
+        command([passes], *files, f"--case={CASE}"),
+        command([later, elsewhere, others, stale], "tests/conformance", *few),
+    )
+
+    assert known.status == 0, known.output
+    assert known.counts == {"passed": 1, "refused": 0, "known": 1, "failed": 0}
+    assert known.statuses["test_output_matches_reference"] == "known"
+    reasons = [result["reason"] for result in known.results["results"]]
+    assert "the newest key is lost" in reasons
+
+    assert passed.status == 1
+    assert passed.statuses["test_cache_holds_new_tokens_and_nothing_else_changes"] == "failed"
+    assert "the newest key is lost" in passed.output
+
+    # An entry of another version, another candidate or another tier is not stale.
+    assert unused.status == 1
+    assert unused.counts["failed"] == 0
+    assert unused.results["problems"] == [
+        "known failure matches no case: test_output_matches_reference, no_such_case"
+    ]

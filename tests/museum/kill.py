@@ -1,0 +1,268 @@
+"""Which of the museum's faults the suite's own tests notice, and how soon.
+
+    python -m tests.museum.kill --json docs/results/museum.json
+
+Every fault is put through the conformance tests, the very functions, on the cases that can tell
+it from the truth, the lightest of the smallest tier first, until one fails.
+"""
+
+import argparse
+import datetime
+import functools
+import inspect
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.harness.environment import prepare
+
+prepare()
+
+import torch  # noqa: E402
+
+from fixtures.cases import AttnCase  # noqa: E402
+from fixtures.covering import covering_cases  # noqa: E402
+from fixtures.inputs import AttnInputs, build_inputs  # noqa: E402
+from fixtures.tables import TIERS, Row, rows, work  # noqa: E402
+from tests.conformance import (  # noqa: E402
+    test_cache,
+    test_invariance,
+    test_output,
+    test_poison,
+    test_visibility,
+)
+from tests.conformance.conftest import Ran  # noqa: E402
+from tests.harness.candidate import Refused, drive, load_candidate  # noqa: E402
+from tests.harness.compare import snapshot  # noqa: E402
+from tests.harness.report import environment  # noqa: E402
+from tests.museum.faults import FAULTS, Fault, Plain  # noqa: E402
+
+CPU = torch.device("cpu")
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "museum.json"
+# By kind of promise, in the order they are asked.
+KINDS: dict[str, Callable[..., None]] = {
+    "output": test_output.test_output_matches_reference,
+    "visibility": test_visibility.test_sees_exactly_the_keys_it_may,
+    "poison": test_poison.test_nan_in_the_last_blocks_tail_does_not_leak,
+    "out_of_range": test_poison.test_table_entries_past_the_last_block_are_not_followed,
+    "cache": test_cache.test_cache_holds_new_tokens_and_nothing_else_changes,
+    "twice": test_invariance.test_same_run_twice_is_the_same_bit_for_bit,
+    "moved_blocks": test_invariance.test_output_does_not_depend_on_where_blocks_lie,
+    "order": test_invariance.test_requests_in_another_order_get_their_own_answers,
+    "alone": test_invariance.test_a_request_alone_gets_the_same_answer,
+    "two_steps": test_invariance.test_tokens_in_two_steps_get_the_same_answers,
+}
+# Cases a fault is tried with before it counts as one that survives.
+TRIES = 6
+PASSED, REFUSED, KILLED, SURVIVED = "passed", "refused", "killed", "survived"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One test of one case. outcome: passed, refused or killed. message: what was wrong."""
+
+    kind: str
+    case: str
+    outcome: str
+    seconds: float
+    message: str
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """What came of a fault. verdict: killed, survived, or passed (a control). kinds: all that
+    notice it on the case that kills it. attempts: how many tests it took."""
+
+    name: str
+    source: str
+    what: str
+    model: str
+    control: bool
+    verdict: str
+    kind: str
+    kinds: list[str]
+    case: str
+    tier: str
+    seconds: float
+    attempts: int
+    message: str
+
+
+@functools.lru_cache(maxsize=4)
+def _inputs(case: AttnCase) -> AttnInputs:
+    return build_inputs(case, CPU)
+
+
+def _unrecorded(**measured: Any) -> None:
+    """In place of a report."""
+
+
+def _ran(candidate: type[Any], case: AttnCase) -> Ran:
+    inputs = _inputs(case)
+    before = snapshot(inputs)
+    return Ran(drive(candidate, case, CPU).run(inputs), before)
+
+
+# What conformance tests ask for: their fixtures, made here.
+FIXTURES: dict[str, Callable[[type[Any], AttnCase], Any]] = {
+    "candidate": lambda candidate, case: candidate,
+    "case": lambda candidate, case: case,
+    "device": lambda candidate, case: CPU,
+    "driver": lambda candidate, case: drive(candidate, case, CPU),
+    "inputs": lambda candidate, case: _inputs(case),
+    "ran": _ran,
+    "record": lambda candidate, case: _unrecorded,
+}
+
+
+def applies(kind: str, case: AttnCase) -> bool:
+    """Whether the matrix asks this of a case at all."""
+    chosen = getattr(KINDS[kind], "cases", None)
+    return chosen is None or bool(chosen(case))
+
+
+def asked_in(kind: str, row: Row) -> str:
+    """The smallest tier in which the matrix asks this of a row's case."""
+    least = getattr(KINDS[kind], "least_tier", None)
+    return row.tier if least is None else max(row.tier, least(row.case), key=TIERS.index)
+
+
+def attempt(candidate: type[Any], kind: str, case: AttnCase, steps: int = 1) -> Attempt:
+    """Run one conformance test on a candidate, as often as steps that it may take to fail."""
+    test, start = KINDS[kind], time.perf_counter()
+    made = [(name, FIXTURES[name]) for name in inspect.signature(test).parameters]
+    outcome, message = PASSED, ""
+    try:
+        for _ in range(steps):
+            test(**{name: make(candidate, case) for name, make in made})
+    except Refused as refusal:
+        outcome, message = REFUSED, str(refusal)
+    except Exception as error:
+        # Whatever a candidate raises fails a test.
+        outcome, message = KILLED, f"{type(error).__name__}: {error}"
+    seconds = round(time.perf_counter() - start, 3)
+    return Attempt(kind, case.id, outcome, seconds, message.partition("\n")[0])
+
+
+@functools.cache
+def sound(kind: str, case: AttnCase) -> bool:
+    """Whether the correct candidate passes: only then does it say anything that a fault fails."""
+    return attempt(Plain, kind, case).outcome == PASSED
+
+
+def telling_rows(fault: Fault) -> list[Row]:
+    """The rows that can tell a fault: by tier, rows of their own before those that are there to
+    cover combinations, the lightest first."""
+    covering = {case.id for tier in ("cpu", "gpu") for case in covering_cases(tier)}
+    found = [row for row in rows() if fault.shows(row.case)]
+    found.sort(key=lambda r: (TIERS.index(r.tier), r.case.id in covering, work(r.case)))
+    return found
+
+
+def attempts(fault: Fault, tries: int) -> Iterator[tuple[Row, Attempt]]:
+    """Each test of the first so many rows that can tell a fault, in the tier they are in."""
+    candidate = load_candidate(fault.candidate)
+    for row in telling_rows(fault)[:tries]:
+        for kind in KINDS:
+            if applies(kind, row.case) and asked_in(kind, row) == row.tier:
+                yield row, attempt(candidate, kind, row.case, fault.steps)
+
+
+def examine(fault: Fault, tries: int = TRIES) -> Exhibit:
+    """Try a fault until a test notices it.
+
+    Raises:
+        RuntimeError: if that test fails for the correct candidate too.
+    """
+    made: list[Attempt] = []
+    kinds: list[str] = []
+    killer: tuple[Row, Attempt] | None = None
+    for row, each in attempts(fault, tries):
+        if killer and row is not killer[0]:
+            break
+        if each.outcome == KILLED:
+            if not sound(each.kind, row.case):
+                raise RuntimeError(f"the correct candidate fails {each.kind} of {each.case}")
+            killer = killer or (row, each)
+            kinds.append(each.kind)
+        if not killer or each is killer[1]:
+            made.append(each)
+    verdict = KILLED if killer else PASSED if fault.control else SURVIVED
+    last = killer[1] if killer else None
+    return Exhibit(
+        name=fault.name,
+        source=fault.source,
+        what=fault.what,
+        model=fault.model,
+        control=fault.control,
+        verdict=verdict,
+        kind=last.kind if last else "",
+        kinds=kinds,
+        case=last.case if last else "",
+        tier=killer[0].tier if killer else "",
+        seconds=last.seconds if last else round(sum(each.seconds for each in made), 3),
+        attempts=len(made),
+        message=last.message if last else fault.survives,
+    )
+
+
+def table(exhibits: list[Exhibit]) -> list[str]:
+    """One line for each fault."""
+    body = [("fault", "verdict", "by", "tier", "s", "tests", "case")]
+    body += [
+        (e.name, e.verdict, e.kind or "-", e.tier or "-", f"{e.seconds:.2f}", str(e.attempts), e.case)
+        for e in exhibits
+    ]
+    widths = [max(len(row[i]) for row in body) for i in range(len(body[0]))]
+    return ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) for row in body]
+
+
+def report(exhibits: list[Exhibit], seconds: float) -> dict[str, Any]:
+    """What --json writes."""
+    faults = [e for e in exhibits if not e.control]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **environment(),
+        "seconds": round(seconds, 1),
+        "faults": len(faults),
+        "killed": sum(e.verdict == KILLED for e in faults),
+        "survived": [e.name for e in faults if e.verdict != KILLED],
+        "controls": len(exhibits) - len(faults),
+        "exhibits": [asdict(e) for e in exhibits],
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 if all is as the museum says: faults killed but those known to survive, controls passed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.museum.kill", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write a report")
+    parser.add_argument("--tries", type=int, default=TRIES, help="cases to try (default %(default)s)")
+    parser.add_argument("names", nargs="*", metavar="FAULT", help="these alone")
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.names if name not in FAULTS]:
+        parser.error(f"no fault {', '.join(unknown)}: expected among {', '.join(FAULTS)}")
+    start = time.perf_counter()
+    chosen = [fault for fault in FAULTS.values() if fault.name in (options.names or FAULTS)]
+    exhibits = [examine(fault, options.tries) for fault in chosen]
+    content = report(exhibits, time.perf_counter() - start)
+    print("\n".join(table(exhibits)))
+    print(
+        f"{content['killed']} of {content['faults']} faults killed, survived:"
+        f" {', '.join(content['survived']) or 'none'}; {content['controls']} controls;"
+        f" {content['seconds']} s"
+    )
+    if options.json:
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    wrong = [e for e in exhibits if e.control and e.verdict == KILLED]
+    surprising = [
+        e for e in exhibits if (e.verdict == SURVIVED) != bool(FAULTS[e.name].survives)
+    ]
+    return 1 if wrong or surprising else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
