@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fixtures.cases import AttnCase
+from fixtures.cases import AttnCase, CaseError
 from fixtures.inputs import AttnInputs, build_inputs
 from fixtures.scenarios import SCENARIOS
 from tests.harness.oracle import Expected, expected
@@ -26,8 +26,8 @@ from tests.harness.perturb import (
     worst_share,
 )
 
-# bf16 has the widest budget; these few heads and elements are the fewest chances to notice.
-SHAPE: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_size": 16, "dtype": "bf16"}
+# bf16 has the widest budget, few elements are few chances; 8 heads plant every target.
+SHAPE: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 2, "head_size": 16, "dtype": "bf16"}
 # Where the reference has 2e6 pairs of a query and a key to a head: the fewest heads with two KV.
 LARGE: dict[str, dict[str, Any]] = {"long32k_chunked": {"num_heads": 2}}
 
@@ -38,7 +38,7 @@ FEATURES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "plain": ({}, ("kv_heads_swapped", "newest_lost", "look_ahead", "made_causal")),
     "sliding_window1": ({"sliding_window": 1}, WINDOW),
     "sliding_window17": ({"sliding_window": 17}, WINDOW),
-    "sliding_window128": ({"sliding_window": 128}, WINDOW),
+    "sliding_window61": ({"sliding_window": 61}, WINDOW),
     "softcap": ({"softcap": 30.0}, ("softcap_dropped",)),
     "alibi": ({"alibi": True}, ("alibi_shifted",)),
     "alibi_sqrt": ({"alibi": True, "alibi_sqrt": True}, ("alibi_shifted", "alibi_linear")),
@@ -60,14 +60,27 @@ def _case(scenario: str, **fields: Any) -> AttnCase:
     return AttnCase(scenario=scenario, attention=attention, **shape)
 
 
+def _possible(scenario: str, feature: str) -> bool:
+    """Cross attention has no windows and no ALiBi; any other case exists."""
+    try:
+        _case(scenario, **FEATURES[feature][0])
+    except CaseError:
+        assert scenario.startswith("cross")
+        assert set(FEATURES[feature][0]) & {"sliding_window", "alibi"}
+        return False
+    return True
+
+
+PAIRS = [(s, f) for s in SCENARIOS for f in FEATURES if _possible(s, f)]
+
+
 @functools.lru_cache(maxsize=4)
 def _truth(case: AttnCase) -> tuple[AttnInputs, Expected]:
     inputs = build_inputs(case)
     return inputs, expected(inputs)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize(("scenario", "feature"), PAIRS)
 def test_a_features_faults_leave_the_budget(scenario: str, feature: str) -> None:
     """Largest |wrong - truth| / budget is at least SEVERAL, for each fault that can show at all."""
     fields, faults = FEATURES[feature]
@@ -105,6 +118,9 @@ def test_a_scale_off_by_a_percent_shows_in_the_sum(scenario: str) -> None:
 def test_faults_leave_the_budget_of_every_dtype(feature: str, dtype: str, kv_dtype: str) -> None:
     """All faults that apply, each alone, on one mixed batch."""
     shape = {"num_heads": 8, "head_size": 64, "dtype": dtype, "kv_dtype": kv_dtype}
+    if feature.startswith("extreme"):
+        # What dequantizing rounds would decide the output: no such case.
+        shape["kv_dtype"] = "auto"
     case = _case("mixed_spec", **{**shape, **FEATURES[feature][0]})
     names = [name for name in PERTURBATIONS if name != SUMMED]
     shares = distinguishes(*_truth(case), names)

@@ -42,7 +42,7 @@ def _cases(draw: st.DrawFn) -> AttnCase:
     fields["num_heads"] = fields["num_kv_heads"] * draw(st.integers(1, 16))
     fields["head_size"] = draw(st.integers(1, 512))
     fields["block_size"] = draw(st.integers(1, 512))
-    fields["alibi"] = draw(st.booleans())
+    fields["alibi"] = attention != "cross" and draw(st.booleans())
     fields["alibi_sqrt"] = fields["alibi"] and draw(st.booleans())
     if attention != "cross":
         fields["sliding_window"] = draw(st.none() | st.integers(1, 2**31))
@@ -58,6 +58,8 @@ def _cases(draw: st.DrawFn) -> AttnCase:
         fields[name] = draw(st.integers(0, 99))
     for name, values in _WORDS.items():
         fields[name] = draw(st.sampled_from(values))
+    if fields["logits"] == "extreme":
+        fields["kv_dtype"] = "auto"
     return AttnCase(**fields)
 
 
@@ -220,8 +222,8 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "fp64"}, "dtype='fp64': expected fp16 or bf16 or fp32"),
     ({"kv_dtype": "int8"}, "kv_dtype='int8': expected auto or fp8_e4m3 or fp8_e5m2"),
     ({"sliding_window": 0}, "sliding_window=0: expected None or at least 1"),
-    ({"softcap": 0.0}, "softcap=0.0: expected None or above 0"),
-    ({"softcap": -1.0}, "softcap=-1.0: expected None or above 0"),
+    ({"softcap": 0.0}, "softcap=0.0: expected None, or finite and above 0"),
+    ({"softcap": -1.0}, "softcap=-1.0: expected None, or finite and above 0"),
     ({"alibi_sqrt": True}, "alibi_sqrt=True: expected False without alibi"),
     ({"attention": "both"}, "attention='both': expected decoder or noncausal or encoder or cross"),
     ({"attention": "encoder"}, "seq_lens=(7, 9): expected query_lens"),

@@ -1,4 +1,4 @@
-"""A model's config becomes the cases of its own attention layers, or an error that names a field."""
+"""The shipped configs: their layers, windows that really hide keys, errors that name the field."""
 
 import dataclasses
 import json
@@ -168,7 +168,7 @@ def test_windowed_kind_has_requests_that_leave_the_window(path: Path) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 2, 16, 129, 1024, 2047, MAX_WINDOW])
-@pytest.mark.parametrize("num_heads, head_size", [(8, 64), (128, 512), (1024, 512)])
+@pytest.mark.parametrize(("num_heads", "head_size"), [(8, 64), (128, 512), (1024, 512)])
 def test_window_is_left_whatever_the_shape(
     tmp_path: Path, window: int, num_heads: int, head_size: int
 ) -> None:
@@ -193,7 +193,7 @@ def test_folder_stands_for_its_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields, dtype",
+    ("fields", "dtype"),
     [
         ({}, "bf16"),
         ({"torch_dtype": None}, "bf16"),
@@ -232,7 +232,7 @@ def test_head_dim_wins_over_the_hidden_sizes_share(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config, windows",
+    ("config", "windows"),
     [
         (LLAMA, {None: 4}),
         (LLAMA | {"sliding_window": 32}, {32: 4}),
@@ -265,7 +265,9 @@ def test_each_layer_has_its_window(
     assert {kind.sliding_window: kind.layers for kind in kinds} == windows
 
 
-@pytest.mark.parametrize("fields, softcap", [({}, 50.0), ({"attn_logit_softcapping": 30}, 30.0)])
+@pytest.mark.parametrize(
+    ("fields", "softcap"), [({}, 50.0), ({"attn_logit_softcapping": 30}, 30.0)]
+)
 def test_softcap_is_the_configs(tmp_path: Path, fields: dict[str, Any], softcap: float) -> None:
     assert {k.softcap for k in layer_kinds(_write(tmp_path, GEMMA2 | fields))} == {softcap}
     off = GEMMA2 | {"attn_logit_softcapping": None}
@@ -273,7 +275,7 @@ def test_softcap_is_the_configs(tmp_path: Path, fields: dict[str, Any], softcap:
 
 
 @pytest.mark.parametrize(
-    "attn_config, num_kv_heads, alibi",
+    ("attn_config", "num_kv_heads", "alibi"),
     [
         (None, 8, True),
         ({}, 8, True),
@@ -406,7 +408,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize("config, found, accepted", WRONG, ids=[row[1] for row in WRONG])
+@pytest.mark.parametrize(("config", "found", "accepted"), WRONG, ids=[row[1] for row in WRONG])
 def test_error_names_file_field_value_and_what_is_accepted(
     tmp_path: Path, config: dict[str, Any], found: str, accepted: str
 ) -> None:
@@ -422,7 +424,7 @@ def test_error_names_file_field_value_and_what_is_accepted(
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    ("text", "said"),
     [
         ("", "expected JSON"),
         ('{"model_type": "llama",', "expected JSON"),

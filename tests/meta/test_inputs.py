@@ -437,7 +437,7 @@ def _broad() -> list[AttnCase]:
         for fields in FEATURES:
             plain = AttnCase(scenario=scenario, attention=attention, num_heads=4, head_size=16)
             if attention == "cross":
-                fields = {**fields, "sliding_window": None}
+                fields = {**fields, "sliding_window": None, "alibi": False}
             cases.append(plain.replace(**fields))
     return cases
 

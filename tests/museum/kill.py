@@ -75,7 +75,7 @@ class Attempt:
 @dataclass(frozen=True)
 class Exhibit:
     """What came of a fault. verdict: killed, survived, or passed (a control). kinds: all that
-    notice it on the case that kills it. attempts: how many tests it took."""
+    notice it on the case that kills it. attempts: how many tests it took, refused of them refused."""
 
     name: str
     source: str
@@ -89,6 +89,7 @@ class Exhibit:
     tier: str
     seconds: float
     attempts: int
+    refused: int
     message: str
 
 
@@ -206,17 +207,17 @@ def examine(fault: Fault, tries: int = TRIES) -> Exhibit:
         tier=killer[0].tier if killer else "",
         seconds=last.seconds if last else round(sum(each.seconds for each in made), 3),
         attempts=len(made),
+        refused=sum(each.outcome == REFUSED for each in made),
         message=last.message if last else fault.survives,
     )
 
 
 def table(exhibits: list[Exhibit]) -> list[str]:
     """One line for each fault."""
-    body = [("fault", "verdict", "by", "tier", "s", "tests", "case")]
-    body += [
-        (e.name, e.verdict, e.kind or "-", e.tier or "-", f"{e.seconds:.2f}", str(e.attempts), e.case)
-        for e in exhibits
-    ]
+    body = [("fault", "verdict", "by", "tier", "seconds", "tests", "refused", "case")]
+    for e in exhibits:
+        counts = f"{e.seconds:.2f}", str(e.attempts), str(e.refused)
+        body.append((e.name, e.verdict, e.kind or "-", e.tier or "-", *counts, e.case or "-"))
     widths = [max(len(row[i]) for row in body) for i in range(len(body[0]))]
     return ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) for row in body]
 
@@ -240,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     """0 if all is as the museum says: faults killed but those known to survive, controls passed."""
     parser = argparse.ArgumentParser(prog="python -m tests.museum.kill", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write a report")
-    parser.add_argument("--tries", type=int, default=TRIES, help="cases to try (default %(default)s)")
+    parser.add_argument("--tries", type=int, default=TRIES, help="cases to a fault (%(default)s)")
     parser.add_argument("names", nargs="*", metavar="FAULT", help="these alone")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.names if name not in FAULTS]:

@@ -1,0 +1,95 @@
+"""The suite notices every fault of the museum, and lets pass what is none.
+
+Which test of which case kills a fault is looked up in the museum's report, and is run here again.
+After a new fault, or a change of cases: python -m tests.museum.kill --json docs/results/museum.json
+"""
+
+import json
+from typing import Any
+
+import pytest
+
+from fixtures.cases import AttnCase
+from fixtures.tables import Row, rows
+from tests.harness.candidate import load_candidate
+from tests.museum.faults import FAULTS, Fault, Plain
+from tests.museum.kill import (
+    KILLED,
+    KINDS,
+    PASSED,
+    RESULTS,
+    applies,
+    asked_in,
+    attempt,
+    examine,
+    telling_rows,
+)
+
+EXHIBITS: dict[str, dict[str, Any]] = {
+    exhibit["name"]: exhibit for exhibit in json.loads(RESULTS.read_text())["exhibits"]
+}
+KILLS = [exhibit for exhibit in EXHIBITS.values() if exhibit["verdict"] == KILLED]
+CONTROLS = [fault for fault in FAULTS.values() if fault.control]
+# Rows of a control that are run here; `tests.museum.kill` runs more.
+CONTROL_ROWS = 2
+
+
+def _params(faults: list[Fault]) -> list[Any]:
+    """By name; a fault that the suite is known not to notice has to be noticed to fail."""
+    return [
+        pytest.param(
+            fault,
+            id=fault.name,
+            marks=[pytest.mark.xfail(reason=fault.survives, strict=True)] * bool(fault.survives),
+        )
+        for fault in faults
+    ]
+
+
+def _row(case: str) -> Row:
+    return next(row for row in rows() if row.case.id == case)
+
+
+def test_report_is_of_these_faults() -> None:
+    assert list(EXHIBITS) == list(FAULTS)
+
+
+def test_report_has_no_surprise() -> None:
+    for name, exhibit in EXHIBITS.items():
+        noticed = exhibit["verdict"] == KILLED
+        assert noticed == (not FAULTS[name].control and not FAULTS[name].survives), name
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_fault_is_a_candidate_with_a_source(fault: Fault) -> None:
+    assert load_candidate(fault.candidate) is fault.backend
+    assert issubclass(fault.backend, Plain)
+    assert fault.source and fault.what and fault.model
+
+
+@pytest.mark.parametrize("fault", _params([f for f in FAULTS.values() if not f.control]))
+def test_fault_is_noticed(fault: Fault) -> None:
+    if fault.survives:
+        assert examine(fault, tries=2).verdict == KILLED
+        return
+    exhibit = EXHIBITS[fault.name]
+    case = AttnCase.from_id(exhibit["case"])
+    assert asked_in(exhibit["kind"], _row(case.id)) == exhibit["tier"]
+    assert attempt(fault.backend, exhibit["kind"], case, fault.steps).outcome == KILLED
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"), sorted({(exhibit["kind"], exhibit["case"]) for exhibit in KILLS})
+)
+def test_correct_candidate_passes_what_kills(kind: str, case: str) -> None:
+    made = attempt(Plain, kind, AttnCase.from_id(case))
+    assert made.outcome == PASSED, made.message
+
+
+@pytest.mark.parametrize("fault", CONTROLS, ids=lambda fault: fault.name)
+def test_control_passes(fault: Fault) -> None:
+    for row in telling_rows(fault)[:CONTROL_ROWS]:
+        for kind in KINDS:
+            if applies(kind, row.case):
+                made = attempt(fault.backend, kind, row.case)
+                assert made.outcome != KILLED, made.message
