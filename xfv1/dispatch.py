@@ -78,10 +78,10 @@ VARLEN = ("xformers_fa2", "xformers_ck", "xformers_cutlass")
 # The first rule that fits decides. Hopper's are measured (benchmarks/results/h100-kernels.json);
 # no other card has been measured.
 RULES: tuple[Rule, ...] = (
-    # FlashAttention 3 pads heads of 80 and 96 to 128: 173 us where the own kernel takes 139.
-    Rule(DECODE, OWN_FIRST, head_sizes=(65, 127), dtypes=HALF, capability=HOPPER),
     # Few requests of some length: 60 us where the own kernel takes 54.
-    Rule(DECODE, OWN_FIRST, head_sizes=(1, 128), num_reqs=(2, 16), dtypes=HALF, capability=HOPPER),
+    Rule(
+        DECODE, OWN_FIRST, head_sizes=(128, 128), num_reqs=(2, 16), dtypes=HALF, capability=HOPPER
+    ),
     Rule(DECODE, HOPPER_DECODES, capability=HOPPER),
     Rule(DECODE, ("xformers_splitk", "vllm_fa2", "triton", "torch")),
     # 268 us by FlashAttention 3, 460 by the own kernel, 537 by PyTorch's FlashAttention 2.
@@ -162,20 +162,29 @@ def explain(tried: dict[str, list[str]]) -> str:
     return "; ".join(f"{name}: {', '.join(why)}" for name, why in tried.items())
 
 
-def typical_batches(*, encoder: bool = False) -> list[Batch]:
+def typical_batches(*, encoder: bool = False, host_lens: bool = True) -> list[Batch]:
     """A layer's phases, each as the batch that asks most of an op: ragged, with context."""
     if encoder:
         return [Batch(ENCODER, num_reqs=2, max_query_len=64, max_seq_len=64, uniform=False)]
     return [
         Batch(DECODE, num_reqs=2, max_seq_len=128),
-        Batch(PREFILL, num_reqs=2, max_query_len=64, max_seq_len=128, uniform=False),
+        Batch(
+            PREFILL,
+            num_reqs=2,
+            max_query_len=64,
+            max_seq_len=128,
+            uniform=False,
+            host_lens=host_lens,
+        ),
     ]
 
 
-def layer_reasons(layer: Layer, device: Device, *, encoder: bool = False) -> list[str]:
+def layer_reasons(
+    layer: Layer, device: Device, *, encoder: bool = False, host_lens: bool = True
+) -> list[str]:
     """Why a layer cannot be served at all: one reason for each phase that no op serves."""
     refused = []
-    for batch in typical_batches(encoder=encoder):
+    for batch in typical_batches(encoder=encoder, host_lens=host_lens):
         try:
             choose(layer, batch, device)
         except NoOp as error:
@@ -183,7 +192,7 @@ def layer_reasons(layer: Layer, device: Device, *, encoder: bool = False) -> lis
     return refused
 
 
-def summary(layer: Layer, device: Device, *, encoder: bool = False) -> str:
+def summary(layer: Layer, device: Device, *, encoder: bool = False, host_lens: bool = True) -> str:
     """Which op serves each phase of a layer, in words; the layer must be servable."""
-    batches = typical_batches(encoder=encoder)
+    batches = typical_batches(encoder=encoder, host_lens=host_lens)
     return ", ".join(f"{b.phase} by {choose(layer, b, device).name}" for b in batches)

@@ -65,9 +65,11 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         encoder = attn_type in ENCODERS
         causal = attn_type == AttentionType.DECODER
         layer = self._layer(torch.get_default_dtype(), 0 if encoder else 16, causal)
-        if refused := dispatch.layer_reasons(layer, device, encoder=encoder):
+        # Cross attention's lengths are the encoder's, which only the device knows.
+        kind = {"encoder": encoder, "host_lens": attn_type != AttentionType.ENCODER_DECODER}
+        if refused := dispatch.layer_reasons(layer, device, **kind):
             raise NotImplementedError("xfv1: " + "; ".join(refused))
-        compat.log_once("xfv1: %s", dispatch.summary(layer, device, encoder=encoder))
+        compat.log_once("xfv1: %s", dispatch.summary(layer, device, **kind))
 
     def _layer(self, dtype: torch.dtype, block_size: int, causal: bool) -> Layer:
         key = (dtype, block_size, causal)
@@ -186,6 +188,7 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
                 uniform=batch.uniform,
                 fresh=fresh,
                 token_major=token_major,
+                host_lens=batch.host_lens,
             )
             phase.plans["batch", token_major, fresh] = cached
         assert isinstance(cached, Batch)

@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, CrossAttentionSpec
 
 from xfv1.ops.base import DECODE, PREFILL, Batch
 
@@ -71,6 +71,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.is_cross = isinstance(kv_cache_spec, CrossAttentionSpec)
         # Verification of drafts, 1 + num_speculative_tokens to a request, decodes too.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
 
@@ -88,7 +89,8 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
         common = common_attn_metadata
         if isinstance(common.causal, torch.Tensor):
             raise NotImplementedError("causal differs between requests: expected True or False")
-        bound = common.seq_lens_cpu_upper_bound
+        # Cross attention's keys are the encoder's; what the host is told are the decoder's.
+        bound = None if self.is_cross else common.seq_lens_cpu_upper_bound
         num_reqs = common.num_reqs
         starts = common.query_start_loc_cpu[: num_reqs + 1]
         whole = Phase(
@@ -99,6 +101,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
                 max_seq_len=common.max_seq_len,
                 uniform=common.num_actual_tokens == num_reqs * common.max_query_len,
                 fresh=_is_fresh(starts, bound, num_reqs),
+                host_lens=bound is not None,
             ),
             rows=slice(0, common.num_actual_tokens),
             query_start_loc=common.query_start_loc[: num_reqs + 1],
@@ -183,6 +186,7 @@ def _split(whole: Phase, decodes: int, decode_tokens: int) -> list[Phase]:
             max_seq_len=whole.batch.max_seq_len,
             uniform=False,
             fresh=_is_fresh(prefill_starts, prefill_bound, num_reqs - decodes),
+            host_lens=bound is not None,
         ),
         rows=slice(decode_tokens, whole.rows.stop),
         query_start_loc=whole.query_start_loc[decodes:] - decode_tokens,

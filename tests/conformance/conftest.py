@@ -1,6 +1,8 @@
 """What every conformance test shares: a case's inputs, a driver for it, and its refusal."""
 
 import functools
+import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +60,34 @@ def _ran(candidate: type[Any], case: AttnCase, device: torch.device) -> Ran:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Any:
+    try:
+        return (yield)
+    except RuntimeError as error:
+        _leave_if_device_is_lost(item, error)
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Any:
     try:
         return (yield)
     except Refused as refusal:
         pytest.skip(f"refused: {refusal}")
+    except RuntimeError as error:
+        _leave_if_device_is_lost(item, error)
+        raise
+
+
+def _leave_if_device_is_lost(item: pytest.Item, error: RuntimeError) -> None:
+    """After an illegal access nothing runs any more on this process's GPU.
+
+    An xdist worker then dies, so that its test alone fails and another worker takes the rest;
+    a process of its own stops.
+    """
+    if "CUDA error" not in str(error):
+        return
+    sys.__stderr__.write(f"{item.nodeid}: {str(error).splitlines()[0]}\n")  # type: ignore[union-attr]
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        os._exit(3)
+    pytest.exit(f"the GPU is lost to this process since {item.nodeid}", returncode=3)

@@ -9,6 +9,7 @@ from fixtures.cases import AttnCase
 from fixtures.inputs import AttnInputs
 from fixtures.tables import TIERS, depth_tier
 from fixtures.transforms import (
+    detached,
     first_tokens,
     later_tokens,
     permute_blocks,
@@ -101,7 +102,8 @@ def test_a_captured_graph_replays_like_eager(
     batches = [inputs, permute_blocks(inputs, seed=2)]
     if inputs.case.sliding_window is None and not inputs.case.shared_prefix:
         batches.append(shorten(inputs))
-    static = permute_blocks(inputs, seed=1)
+    # The graph's own tensors: it reads these, and the batches are copied into them.
+    static = detached(permute_blocks(inputs, seed=1))
     cache, storage = static.new_cache()
     output = new_output(static)
     metadata = driver.metadata(static)

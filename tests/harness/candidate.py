@@ -21,6 +21,7 @@ import torch
 from fixtures.cases import AttnCase
 from fixtures.inputs import (
     K_SCALE,
+    Q_SCALE,
     TORCH_DTYPES,
     V_SCALE,
     AttnInputs,
@@ -36,6 +37,10 @@ UNTOUCHED = {1: 0x7D, 2: 0x7FDB, 4: 0x7FDBDBDB}
 
 class CandidateError(Exception):
     """--candidate names nothing that can be tested; the message says why."""
+
+
+class Mismatch(AssertionError):
+    """A candidate broke a promise; the message explains which, where and by how much."""
 
 
 class Refused(Exception):
@@ -131,7 +136,8 @@ class Driver:
         """A whole step: build, write, attend, on a fresh copy of the cache.
 
         Raises:
-            Refused: if the backend raises NotImplementedError.
+            Mismatch: if the backend raises NotImplementedError: it has accepted the layer, and a
+                server would die of it in the middle of its service.
         """
         cache, storage = inputs.new_cache()
         output = new_output(inputs)
@@ -140,7 +146,7 @@ class Driver:
             self.update_cache(inputs, cache)
             query = self.forward(inputs, cache, metadata, output)
         except NotImplementedError as error:
-            raise Refused([str(error) or "NotImplementedError"]) from error
+            raise Mismatch(f"accepted the layer, then refused a batch: {error}") from error
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return Outcome(output, storage, query)
@@ -397,7 +403,7 @@ def _layer(
             layer = make("model.layers.1.self_attn.attn", layer.layer_name)
     layer = layer.to(device)
     if case.kv_dtype != "auto":
-        for name, scale in (("k", K_SCALE), ("v", V_SCALE)):
+        for name, scale in (("q", Q_SCALE), ("k", K_SCALE), ("v", V_SCALE)):
             getattr(layer, f"_{name}_scale").fill_(scale)
             setattr(layer, f"_{name}_scale_float", scale)
             if hasattr(layer, f"_{name}_scale_cpu"):

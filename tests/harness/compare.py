@@ -5,15 +5,22 @@ from dataclasses import dataclass
 import torch
 
 from fixtures.inputs import AttnInputs
-from tests.harness.candidate import UNTOUCHED, Outcome, bits
+from tests.harness.candidate import UNTOUCHED, Mismatch, Outcome, bits
 from tests.harness.oracle import Expected
+
+__all__ = [
+    "Mismatch",
+    "Verdict",
+    "check_cache",
+    "check_inputs_unchanged",
+    "check_output",
+    "check_padding",
+    "raw",
+    "snapshot",
+]
 
 # Above this share of the budget a case fails.
 LIMIT = 1.0
-
-
-class Mismatch(AssertionError):
-    """A candidate broke a promise; the message explains which, where and by how much."""
 
 
 @dataclass(frozen=True)

@@ -127,13 +127,15 @@ class ReportPlugin:
         (self.folder / "results.jsonl").unlink(missing_ok=True)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if "tests/conformance/" not in report.nodeid.replace("\\", "/"):
+        # A parameter may hold anything, a path or "::" too.
+        path, _, name = report.nodeid.partition("::")
+        if "tests/conformance/" not in path.replace("\\", "/"):
             return
         # A test's outcome is its call's, or its setup's where that did not pass.
         if report.when != "call" and report.passed:
             return
         measured: dict[str, Any] = {"elements": 0, "share": None}
-        test, _, rest = report.nodeid.rpartition("::")[2].partition("[")
+        test, _, rest = name.partition("[")
         case = _case_id(rest.removesuffix("]").partition("@")[0])
         status, reason = _status(report)
         for name, value in report.user_properties:
@@ -220,9 +222,10 @@ class ReportPlugin:
         ).most_common():
             write(f"refused {count}: {reason}")
         failed = [result for result in self.results if result.status == "failed"]
+        again = [f"--case={r.case}" if r.case else f"-k {r.test}" for r in failed]
         # Each case once, whichever of its tests fail.
-        for again in dict.fromkeys(f"--case={r.case}" if r.case else f"-k {r.test}" for r in failed):
-            write(f"rerun: pytest --candidate={self.config.getoption('--candidate')} {again}")
+        for chosen in dict.fromkeys(again):
+            write(f"rerun: pytest --candidate={self.config.getoption('--candidate')} {chosen}")
         if line := self._coverage():
             write(line)
         for problem in self.problems:

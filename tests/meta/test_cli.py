@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import torch
 
+from fixtures.cases import AttnCase
 from tests.meta.runs import CASE, SMALL, WRONG, run_once, run_suite
 
 # By the wrong option: what its one line must say.
@@ -44,13 +45,14 @@ def test_a_wrong_option_is_one_line_and_a_usage_error(tmp_path: Path) -> None:
 
 def test_a_run_says_what_it_did(tmp_path: Path) -> None:
     """Green only where something was compared, red with what to do about it, and on record."""
-    good, refused, unwritten, blind = run_suite(
+    blindfold = f"--candidate={WRONG}:NewestKeyLost"
+    good, refused, unwritten, blind, drawn = run_suite(
         tmp_path,
         SMALL,
-        *(
-            (*SMALL, f"--candidate={WRONG}:{name}")
-            for name in ("RefusesAll", "CacheNeverWritten", "NewestKeyLost")
-        ),
+        (*SMALL, f"--candidate={WRONG}:RefusesAll"),
+        (*SMALL, f"--candidate={WRONG}:CacheNeverWritten"),
+        (*SMALL, blindfold),
+        ("tests/conformance/test_properties.py", blindfold),
     )
 
     assert good.status == 0
@@ -89,6 +91,15 @@ def test_a_run_says_what_it_did(tmp_path: Path) -> None:
         if result["test"] == "test_sees_exactly_the_keys_it_may"
     ]
     assert "the query at position 31 does not see the key at 31" in error
+
+    # A drawn case that fails is shrunk, and on record as a row and as an id.
+    least = AttnCase(query_lens=(1,), seq_lens=(2,), num_heads=1, num_kv_heads=1, head_size=8)
+    assert drawn.status == 1
+    assert drawn.statuses == {"test_any_case_matches_the_reference": "failed"}
+    (result,) = drawn.results["results"]
+    assert result["case"] == least.id
+    assert f"as a row: {least.row()}" in result["error"]
+    assert f"rerun: pytest {blindfold} --case={least.id}" in drawn.output
 
     # Once, though several tests fail.
     (line,) = [line for line in blind.output.splitlines() if line.startswith("rerun: ")]

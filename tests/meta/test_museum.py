@@ -79,10 +79,10 @@ def test_fault_is_noticed(fault: Fault) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "case"), sorted({(exhibit["kind"], exhibit["case"]) for exhibit in KILLS})
+    ("kind", "of"), sorted({(exhibit["kind"], exhibit["case"]) for exhibit in KILLS})
 )
-def test_correct_candidate_passes_what_kills(kind: str, case: str) -> None:
-    made = attempt(Plain, kind, AttnCase.from_id(case))
+def test_correct_candidate_passes_what_kills(kind: str, of: str) -> None:
+    made = attempt(Plain, kind, AttnCase.from_id(of))
     assert made.outcome == PASSED, made.message
 
 

@@ -19,7 +19,7 @@ from fixtures.cases import AttnCase
 from xfv1.backend import XFormersAttentionBackend
 from xfv1.impl import XFormersImpl
 from xfv1.metadata import Phase, XFormersMetadata
-from xfv1.ops.base import DECODE, PREFILL, Call, Layer, Op
+from xfv1.ops.base import DECODE, Call, Layer, Op
 from xfv1.ops.torch_cpu import TorchCpu
 
 INF = float("inf")
@@ -522,7 +522,8 @@ class SoftcapByExpRatio(PlainOp):
 
 
 def unscaled(call: Call, *names: str) -> Call:
-    return dataclasses.replace(call, **{name: torch.ones(1) for name in names})
+    ones: dict[str, Any] = {name: torch.ones(1) for name in names}
+    return dataclasses.replace(call, **ones)
 
 
 @plant("vLLM 0.11.2's xformers.py", lambda case: quantized(case) and 1 in case.query_lens)
@@ -732,7 +733,7 @@ def offsets_wrapped(piece: Piece, count: int, bits: int) -> list[torch.Tensor]:
         assert cache is not None
         offset = piece.blocks(count) * cache.stride(0)
         half = 1 << (bits - 1)
-        wrapped = (offset + half) % (2 * half) - half + cache.storage_offset()
+        wrapped = (offset + half) % (2 * half) - half + int(cache.storage_offset())
         within = torch.cartesian_prod(*(torch.arange(n) for n in cache.shape[1:]))
         inner = (within * torch.tensor(cache.stride()[1:])).sum(dim=-1).view(cache.shape[1:])
         flat = cache.as_strided((cache.untyped_storage().nbytes() // cache.itemsize,), (1,), 0)
@@ -782,7 +783,7 @@ class ContiguousBlocksAssumed(PlainOp):
     """The stride from block to block is taken to be a block's size, as if there were one layer."""
 
     def prepare(self, call: Call) -> Call:
-        caches = {}
+        caches: dict[str, Any] = {}
         for name in ("key_cache", "value_cache"):
             cache = getattr(call, name)
             if cache is not None:
@@ -898,9 +899,9 @@ class OneRowOfOneHead(PlainOp):
         layer = piece.layer
         if piece.query_len == 8 and layer.quantized and layer.sliding_window is not None:
             weights = exp_minus(logits, logits.logsumexp(dim=-1, keepdim=True))
-            head, row, key = torch.unravel_index(weights.argmax(), weights.shape)
-            logits = logits.clone()
-            logits[head, row, key] = -INF
+            largest = torch.zeros(weights.numel(), dtype=torch.bool)
+            largest[weights.argmax()] = True
+            logits = logits.masked_fill(largest.view(weights.shape), -INF)
         return super().attend(piece, logits, value)
 
 

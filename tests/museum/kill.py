@@ -75,7 +75,8 @@ class Attempt:
 @dataclass(frozen=True)
 class Exhibit:
     """What came of a fault. verdict: killed, survived, or passed (a control). kinds: all that
-    notice it on the case that kills it. attempts: how many tests it took, refused of them refused."""
+    notice it on the case that kills it. attempts: how many tests it took; refused: how many of
+    them were refused."""
 
     name: str
     source: str
@@ -259,9 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(content, indent=1) + "\n")
     wrong = [e for e in exhibits if e.control and e.verdict == KILLED]
-    surprising = [
-        e for e in exhibits if (e.verdict == SURVIVED) != bool(FAULTS[e.name].survives)
-    ]
+    surprising = [e for e in exhibits if (e.verdict == SURVIVED) != bool(FAULTS[e.name].survives)]
     return 1 if wrong or surprising else 0
 
 

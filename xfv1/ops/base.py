@@ -68,6 +68,7 @@ class Batch:
     uniform: every request has max_query_len tokens. fresh: no request has context, and key and
     value hold all there is to attend to. token_major: the cache can be viewed as
     [num_blocks * block_size, num_kv_heads, head_size]. lse: the caller wants the LSE too.
+    host_lens: the host knows every request's number of keys.
     """
 
     phase: str
@@ -78,6 +79,7 @@ class Batch:
     fresh: bool = False
     token_major: bool = True
     lse: bool = False
+    host_lens: bool = True
 
 
 @dataclass

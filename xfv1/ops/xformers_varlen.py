@@ -49,8 +49,10 @@ class XFormersVarlen:
         if not layer.causal and layer.sliding_window is not None:
             reasons.append("no windows without causality")
         if batch.phase == DECODE:
-            # Lengths of decodes are not known on the host, and a gather would copy the cache.
+            # A gather would copy the cache.
             reasons.append("serves prefills and encoders")
+        elif not batch.host_lens and not batch.fresh:
+            reasons.append("needs every request's number of keys on the host")
         return reasons
 
     def run(self, call: Call) -> None:
