@@ -32,6 +32,8 @@ def test_sees_exactly_the_keys_it_may(
     for request, positions in enumerate(probe.positions):
         query_len, length = case.query_lens[request], case.seq_lens[request]
         rows = output[starts[request] : starts[request + 1]]
+        if not rows.isfinite().all():
+            raise Mismatch(f"request {request}: the output is no number")
         dims = (positions >= 0).nonzero().flatten()
         queries = torch.arange(length - query_len, length)
         mask = partial(visible, queries, causal=case.causal, sliding_window=case.sliding_window)

@@ -553,7 +553,6 @@ class ValueScaleDropped(PlainOp):
 @plant(
     "vLLM #53754",
     quantized,
-    survives="the harness leaves the layer's q scale at 1, whose square it is",
 )
 class QueryScaleAppliedTwice(MuseumImpl):
     """Queries come quantized, and their scale is applied twice."""
@@ -918,7 +917,6 @@ class Head80Crashes(PlainOp):
 @plant(
     "seen with xFormers 0.0.35",
     lambda case: sum(q == 1 for q in case.query_lens) > 32,
-    survives="a NotImplementedError of forward counts as a refusal, which a server dies of",
 )
 class NoOpAbove32Decodes(PlainOp):
     """The layer is accepted; then a step of more than 32 decodes finds no operator."""
