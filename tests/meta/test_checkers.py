@@ -22,6 +22,7 @@ from fixtures.transforms import (
     permute_blocks,
     select_requests,
     shorten,
+    spread_blocks,
 )
 from reference import attend
 from tests.conformance import test_visibility
@@ -384,6 +385,15 @@ def test_two_steps_have_the_answers_of_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if CASES[n].sliding_window is None])
+def test_spread_blocks_hold_the_same_batch(name: str) -> None:
+    """The same answer, from blocks far apart."""
+    inputs = build_inputs(CASES[name])
+    spread = spread_blocks(inputs, 4 * inputs.cache[0].numel())
+    assert spread.cache.stride(0) == 4 * inputs.cache[0].numel()
+    _same(expected(spread).output, expected(inputs).output)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_shortened_requests_attend_to_what_is_left(name: str) -> None:
     """The first keys of the context, then the new ones: their answer, gathered by hand."""
     inputs = build_inputs(CASES[name])

@@ -1,0 +1,40 @@
+"""Do offsets into the cache hold more than 32 bits?"""
+
+from fixtures.cases import AttnCase
+from fixtures.inputs import AttnInputs
+from fixtures.transforms import permute_blocks, spread_blocks
+from tests.harness.candidate import Driver
+from tests.harness.compare import check_output
+from tests.harness.oracle import expected
+from tests.harness.report import Recorder
+
+# The last block in use begins past what an int32 counts: 4 GiB of 16-bit elements.
+BEYOND_INT32 = 2**31
+
+
+def test_blocks_past_two_to_the_31_elements_are_read_and_written(
+    driver: Driver, inputs: AttnInputs, record: Recorder
+) -> None:
+    """The same answer from blocks so far apart that an int32 offset overflows (vLLM #50427)."""
+    moved = permute_blocks(inputs, seed=inputs.case.seed)
+    last = int(moved.slot_mapping.max()) // inputs.case.block_size
+    # A multiple of 64 elements keeps every row aligned for any kernel.
+    stride = -(-BEYOND_INT32 // (last * 64)) * 64
+    far = spread_blocks(moved, stride)
+    outcome = driver.run(far)
+    verdict = check_output(far, outcome, expected(far, outcome.query))
+    record(elements=verdict.elements, share=verdict.share)
+
+
+def _some(case: AttnCase) -> bool:
+    """A decode and a mixed batch: the offsets are what is asked about."""
+    return case in (AttnCase(scenario="small_decode"), AttnCase(scenario="mixed_small"))
+
+
+def _tier(case: AttnCase) -> str:
+    """Gigabytes of cache, several times over: for a GPU."""
+    return "gpu"
+
+
+test_blocks_past_two_to_the_31_elements_are_read_and_written.cases = _some  # type: ignore[attr-defined]
+test_blocks_past_two_to_the_31_elements_are_read_and_written.least_tier = _tier  # type: ignore[attr-defined]
