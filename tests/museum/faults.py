@@ -766,7 +766,7 @@ class BlockOffsetIn16Bits(PlainOp):
 @plant(
     "vLLM #50427, #47671, flash-attention #772",
     paged,
-    survives="a cache of more than 2**31 elements is for a GPU: tests/conformance/test_addressing.py",
+    survives="a cache of more than 2**31 elements is for a GPU: conformance/test_addressing.py",
 )
 class BlockOffsetIn32Bits(PlainOp):
     """Block times stride overflows int32: blocks far into the cache are read elsewhere."""
