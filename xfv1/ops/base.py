@@ -120,7 +120,7 @@ class Call:
 class Op(Protocol):
     """One way to compute attention.
 
-    name: what XFV1_OPS calls it. ragged: takes decodes and prefills in one call.
+    name: what XFV1_OPS calls it. ragged: decodes and prefills are best served in one call.
     """
 
     name: str

@@ -9,7 +9,8 @@ from xfv1.ops.base import ENCODER, Batch, Call, Device, Layer
 
 class TritonPaged:
     name = "triton"
-    ragged = True
+    # A prefill's tiles leave a decode's keys unsplit: each phase does better alone.
+    ragged = False
 
     def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
         reasons = []
