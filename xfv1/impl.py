@@ -201,9 +201,10 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         caches: tuple[torch.Tensor, torch.Tensor] | None,
         query: torch.Tensor,
     ) -> Op:
-        key = ("op", facts)
+        # Layers alike in all else may differ in whose keys they read, and so in their batch.
+        batch = self._batch(phase, caches)
+        key = ("op", facts, batch)
         if key not in phase.plans:
-            batch = self._batch(phase, caches)
             phase.plans[key] = dispatch.choose(facts, batch, device_of(query.device.type))
         op: Op = phase.plans[key]
         return op

@@ -1,7 +1,5 @@
 """Is what nobody may read really not read, beyond what vLLM's contract allows?"""
 
-import torch
-
 from fixtures.cases import AttnCase
 from fixtures.inputs import Poison, build_inputs
 from fixtures.tables import depth_tier
@@ -21,24 +19,25 @@ def _is_paged(case: AttnCase) -> bool:
     return case.attention != "encoder"
 
 
-def test_nan_in_the_last_blocks_tail_does_not_leak(
-    driver: Driver, case: AttnCase, device: torch.device, record: Recorder
-) -> None:
-    """NaN after the last key, where an earlier request's values lie in service."""
-    inputs = build_inputs(case, device, Poison.STRICT)
+def _check_poisoned(driver: Driver, case: AttnCase, poison: Poison, record: Recorder) -> None:
+    inputs = build_inputs(case, driver.device, poison)
     outcome = driver.run(inputs)
     verdict = check_output(inputs, outcome, expected(inputs, outcome.query))
     record(elements=verdict.elements, share=verdict.share)
+
+
+def test_nan_in_the_last_blocks_tail_does_not_leak(
+    driver: Driver, case: AttnCase, record: Recorder
+) -> None:
+    """NaN after the last key, where an earlier request's values lie in service."""
+    _check_poisoned(driver, case, Poison.STRICT, record)
 
 
 def test_table_entries_past_the_last_block_are_not_followed(
-    driver: Driver, case: AttnCase, device: torch.device, record: Recorder
+    driver: Driver, case: AttnCase, record: Recorder
 ) -> None:
     """Ids past the cache's end in the table's padding; there lies NaN, inside the storage."""
-    inputs = build_inputs(case, device, Poison.OUT_OF_RANGE)
-    outcome = driver.run(inputs)
-    verdict = check_output(inputs, outcome, expected(inputs, outcome.query))
-    record(elements=verdict.elements, share=verdict.share)
+    _check_poisoned(driver, case, Poison.OUT_OF_RANGE, record)
 
 
 test_nan_in_the_last_blocks_tail_does_not_leak.cases = _has_tail  # type: ignore[attr-defined]

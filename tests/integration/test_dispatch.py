@@ -291,3 +291,31 @@ def test_a_rule_fits_whatever_a_phase_brings(phase: str) -> None:
                     fitting.add(next(r for r in RULES if r.fits(layer, batch, device)))
     assert {rule.phase for rule in fitting} == {phase}
     assert all({"triton", "torch"} <= set(rule.order) for rule in fitting)
+
+
+def test_layers_alike_but_for_whose_keys_they_read_choose_each_their_own_op(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A layer that reads another's cache has no fresh keys, though all else of it is the same."""
+    from xfv1.impl import XFormersImpl
+    from xfv1.metadata import Phase
+
+    asked: list[Batch] = []
+    choose = dispatch.choose
+
+    def record(layer: Layer, batch: Batch, device: Device) -> Any:
+        asked.append(batch)
+        return choose(layer, batch, device)
+
+    own = XFormersImpl(8, 64, 0.125, 2)
+    shared = XFormersImpl(8, 64, 0.125, 2, kv_sharing_target_layer_name="model.layers.0.attn")
+    cache = torch.zeros(4, 2, 16, 128)
+    lens = torch.tensor([0, 5, 12], dtype=torch.int32)
+    batch = Batch(PREFILL, num_reqs=2, max_query_len=7, max_seq_len=7, uniform=False, fresh=True)
+    table = torch.zeros(2, 1, dtype=torch.int32)
+    phase = Phase(batch, slice(0, 12), lens, lens, lens[1:], lens[1:], table)
+    monkeypatch.setattr(dispatch, "choose", record)
+    for impl in (own, shared, own):
+        facts = impl._layer(torch.float32, 16, True)
+        impl._op(facts, phase, impl._split(cache), torch.zeros(12, 8, 64))
+    assert [batch.fresh for batch in asked] == [True, False]

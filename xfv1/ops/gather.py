@@ -33,9 +33,9 @@ def contiguous_bias(call: Call) -> Any:
     from xformers.ops.fmha import attn_bias
 
     window = call.layer.sliding_window
-    plan = ("contiguous_bias", call.layer.causal, window)
+    fresh = call.batch.phase == ENCODER or call.batch.fresh
+    plan = ("contiguous_bias", call.layer.causal, window, fresh)
     if plan not in call.plans:
-        fresh = call.batch.phase == ENCODER or call.batch.fresh
         queries = query_info(call)
         keys = queries if fresh else _key_info(call)
         if not call.layer.causal:
