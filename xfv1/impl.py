@@ -1,5 +1,6 @@
 """One attention layer: write the new keys and values, then run each phase's op."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -163,35 +164,18 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
 
     def _batch(self, phase: Phase, caches: tuple[torch.Tensor, torch.Tensor] | None) -> Batch:
         """The phase's batch, with what the layer and its cache add to it."""
+        batch = phase.batch
         if caches is None:
-            return Batch(
-                ENCODER,
-                num_reqs=phase.batch.num_reqs,
-                max_query_len=phase.batch.max_query_len,
-                max_seq_len=phase.batch.max_query_len,
-                uniform=phase.batch.uniform,
-                fresh=True,
-            )
+            return replace(batch, phase=ENCODER, max_seq_len=batch.max_query_len, fresh=True)
         blocks, size = caches[0].stride()[:2]
         token_major = blocks == size * caches[0].shape[1]
         # Shared layers are given keys that are not theirs; quantized ones must see what is stored.
         own = self.kv_sharing_target_layer_name is None and self.fp8_dtype is None
-        fresh = phase.batch.fresh and own and self.attn_type == AttentionType.DECODER
-        cached = phase.plans.get(("batch", token_major, fresh))
-        if cached is None:
-            batch = phase.batch
-            cached = Batch(
-                batch.phase,
-                num_reqs=batch.num_reqs,
-                max_query_len=batch.max_query_len,
-                max_seq_len=batch.max_seq_len,
-                uniform=batch.uniform,
-                fresh=fresh,
-                token_major=token_major,
-                host_lens=batch.host_lens,
-            )
-            phase.plans["batch", token_major, fresh] = cached
-        assert isinstance(cached, Batch)
+        fresh = batch.fresh and own and self.attn_type == AttentionType.DECODER
+        key = ("batch", token_major, fresh)
+        if key not in phase.plans:
+            phase.plans[key] = replace(batch, fresh=fresh, token_major=token_major)
+        cached: Batch = phase.plans[key]
         return cached
 
     def _op(

@@ -152,10 +152,9 @@ def _is_fresh(starts: torch.Tensor, bound: torch.Tensor | None, num_reqs: int) -
 
 def _split(whole: Phase, decodes: int, decode_tokens: int) -> list[Phase]:
     num_reqs = whole.batch.num_reqs
-    if decodes == num_reqs:
-        return [replace(whole, batch=replace(whole.batch, phase=DECODE), plans={})]
-    if decodes == 0:
-        return [replace(whole, batch=replace(whole.batch, phase=PREFILL), plans={})]
+    if decodes in (0, num_reqs):
+        phase = DECODE if decodes == num_reqs else PREFILL
+        return [replace(whole, batch=replace(whole.batch, phase=phase), plans={})]
     query_len = decode_tokens // decodes
     bound = whole.seq_lens_cpu
     # The decodes' longest, not the batch's: it sizes their splits.

@@ -1,8 +1,10 @@
 """What every conformance test shares: a case's inputs, a driver for it, and its refusal."""
 
+import contextlib
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +30,8 @@ def inputs(case: AttnCase, device: torch.device) -> AttnInputs:
 
 @pytest.fixture
 def driver(candidate: type[Any], case: AttnCase, device: torch.device) -> Driver:
-    """The candidate set up for the case; a refusal skips the test with the candidate's reasons."""
-    try:
-        return drive(candidate, case, device)
-    except Refused as refusal:
-        pytest.skip(f"refused: {refusal}")
+    """The candidate set up for the case."""
+    return drive(candidate, case, device)
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,7 @@ class Ran:
 @pytest.fixture
 def ran(candidate: Any, case: AttnCase, device: torch.device, inputs: AttnInputs) -> Ran:
     """The candidate's answer to the case: run once, looked at by several tests."""
-    try:
-        return _ran(candidate, case, device)
-    except Refused as refusal:
-        pytest.skip(f"refused: {refusal}")
+    return _ran(candidate, case, device)
 
 
 @functools.lru_cache(maxsize=1)
@@ -61,17 +57,21 @@ def _ran(candidate: type[Any], case: AttnCase, device: torch.device) -> Ran:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Any:
-    try:
+    with _refused_or_lost(item):
         return (yield)
-    except RuntimeError as error:
-        _leave_if_device_is_lost(item, error)
-        raise
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Any:
-    try:
+    with _refused_or_lost(item):
         return (yield)
+
+
+@contextlib.contextmanager
+def _refused_or_lost(item: pytest.Item) -> Iterator[None]:
+    """A refusal skips the test with the candidate's reasons; a lost device ends the process."""
+    try:
+        yield
     except Refused as refusal:
         pytest.skip(f"refused: {refusal}")
     except RuntimeError as error:

@@ -4,8 +4,7 @@ from fixtures.cases import AttnCase
 from fixtures.inputs import AttnInputs
 from fixtures.transforms import permute_blocks, spread_blocks
 from tests.harness.candidate import Driver
-from tests.harness.compare import check_output
-from tests.harness.oracle import expected
+from tests.harness.compare import check_against_reference
 from tests.harness.report import Recorder
 
 # The last block in use begins past what an int32 counts: 4 GiB of 16-bit elements.
@@ -21,9 +20,7 @@ def test_blocks_past_two_to_the_31_elements_are_read_and_written(
     # A multiple of 64 elements keeps every row aligned for any kernel.
     stride = -(-BEYOND_INT32 // (last * 64)) * 64
     far = spread_blocks(moved, stride)
-    outcome = driver.run(far)
-    verdict = check_output(far, outcome, expected(far, outcome.query))
-    record(elements=verdict.elements, share=verdict.share)
+    check_against_reference(far, driver.run(far), record)
 
 
 def _some(case: AttnCase) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fixtures.cases import AttnCase
-from fixtures.inputs import AttnInputs
+from fixtures.inputs import BATCH_TENSORS, AttnInputs
 from fixtures.tables import TIERS, depth_tier
 from fixtures.transforms import (
     detached,
@@ -17,7 +17,12 @@ from fixtures.transforms import (
     shorten,
 )
 from tests.harness.candidate import Driver, Outcome, bits, drive, new_output
-from tests.harness.compare import Mismatch, check_cache, check_output
+from tests.harness.compare import (
+    Mismatch,
+    check_against_reference,
+    check_cache,
+    check_output,
+)
 from tests.harness.oracle import expected
 from tests.harness.report import Recorder
 
@@ -61,9 +66,7 @@ def test_requests_in_another_order_get_their_own_answers(
     lens = inputs.case.query_lens
     order = sorted(range(len(lens)), key=lambda r: (lens[r] > 1, -r))
     turned = select_requests(inputs, order)
-    outcome = _redriven(candidate, turned, device)
-    verdict = check_output(turned, outcome, expected(turned, outcome.query))
-    record(elements=verdict.elements, share=verdict.share)
+    check_against_reference(turned, _redriven(candidate, turned, device), record)
 
 
 def test_a_request_alone_gets_the_same_answer(
@@ -72,9 +75,7 @@ def test_a_request_alone_gets_the_same_answer(
     """The last request that has tokens, without the others."""
     last = max(r for r, q in enumerate(inputs.case.query_lens) if q)
     alone = select_requests(inputs, [last])
-    outcome = _redriven(candidate, alone, device)
-    verdict = check_output(alone, outcome, expected(alone, outcome.query))
-    record(elements=verdict.elements, share=verdict.share)
+    check_against_reference(alone, _redriven(candidate, alone, device), record)
 
 
 def test_tokens_in_two_steps_get_the_same_answers(
@@ -86,13 +87,8 @@ def test_tokens_in_two_steps_get_the_same_answers(
     done = _redriven(candidate, first, device)
     check_output(first, done, truth := expected(first, done.query))
     check_cache(first, done, truth.storage)
-    cache = done.storage.as_strided(
-        inputs.cache.shape, inputs.cache.stride(), inputs.cache.storage_offset()
-    )
-    later = later_tokens(inputs, counts, cache, done.storage)
-    outcome = _redriven(candidate, later, device)
-    verdict = check_output(later, outcome, expected(later, outcome.query))
-    record(elements=verdict.elements, share=verdict.share)
+    later = later_tokens(inputs, counts, done.storage)
+    check_against_reference(later, _redriven(candidate, later, device), record)
 
 
 def test_a_captured_graph_replays_like_eager(
@@ -121,33 +117,19 @@ def test_a_captured_graph_replays_like_eager(
     with torch.cuda.graph(graph):
         step()
     for batch in batches:
-        _refill(static, batch, cache, storage, output)
+        _refill(static, batch, storage, output)
         # vLLM builds metadata anew at every step; what a graph reads is refreshed in place.
         driver.metadata(batch)
         graph.replay()
         torch.cuda.synchronize(device)
-        outcome = Outcome(output, storage)
-        verdict = check_output(batch, outcome, expected(batch))
-        record(elements=verdict.elements, share=verdict.share)
+        check_against_reference(batch, Outcome(output, storage), record)
 
 
 def _refill(
-    static: AttnInputs,
-    batch: AttnInputs,
-    cache: torch.Tensor,
-    storage: torch.Tensor,
-    output: torch.Tensor,
+    static: AttnInputs, batch: AttnInputs, storage: torch.Tensor, output: torch.Tensor
 ) -> None:
     """Put another batch into the tensors that a graph was captured over."""
-    for name in (
-        "query",
-        "key",
-        "value",
-        "block_table",
-        "slot_mapping",
-        "seq_lens",
-        "query_start_loc",
-    ):
+    for name in BATCH_TENSORS:
         getattr(static, name).copy_(getattr(batch, name))
     storage.copy_(batch.storage)
     bits(output).fill_(0)

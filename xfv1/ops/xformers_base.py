@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from xfv1.ops.base import Call, Device, Layer
+from xfv1.ops.base import Call, Layer
 
 
-def installed_reasons(device: Device) -> list[str]:
+def installed_reasons() -> list[str]:
     if importlib.util.find_spec("xformers") is None:
         return ["xformers is not installed"]
     return []

@@ -15,7 +15,7 @@ class XFormersFA3:
     ragged = True
 
     def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
-        reasons = installed_reasons(device)
+        reasons = installed_reasons()
         if importlib.util.find_spec("flash_attn_3") is None:
             reasons.append("flash_attn_3 is not installed")
         if device.kind != "cuda" or not (8, 0) <= device.capability <= (9, 0):

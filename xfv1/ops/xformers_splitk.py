@@ -19,10 +19,10 @@ class XFormersSplitK:
     ragged = False
 
     def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
-        reasons = installed_reasons(device)
+        reasons = installed_reasons()
         if device.kind == "cpu" and not device.interpreted:
             reasons.append("runs on a CPU only under TRITON_INTERPRET=1")
-        if device.kind != "cpu" and device.kind == "cuda" and device.capability < (8, 0):
+        if device.kind == "cuda" and device.capability < (8, 0):
             reasons.append("needs compute capability 8.0")
         dtypes = (torch.float16,) if device.interpreted else (torch.float16, torch.bfloat16)
         reasons += dtype_reasons(layer, *dtypes)

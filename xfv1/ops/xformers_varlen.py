@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from xfv1.ops.base import DECODE, ENCODER, Batch, Call, Device, Layer, feature_reasons
+from xfv1.ops.base import DECODE, Batch, Call, Device, Layer, feature_reasons
 from xfv1.ops.gather import contiguous_bias, contiguous_kv
 from xfv1.ops.xformers_base import attend, dtype_reasons, installed_reasons, shared
 
@@ -33,7 +33,7 @@ class XFormersVarlen:
         self.features = features
 
     def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
-        reasons = installed_reasons(device)
+        reasons = installed_reasons()
         if device.kind not in self.kinds:
             reasons.append(f"runs on {', '.join(self.kinds)}, not on {device.kind}")
         elif device.capability < self.kinds[device.kind]:
@@ -71,5 +71,3 @@ VARLEN_OPS = (
     ),
     XFormersVarlen("xformers_ck", "ck", {"hip": (0, 0)}, HALF, 256, FEATURES),
 )
-
-__all__ = ["ENCODER", "VARLEN_OPS", "XFormersVarlen"]
