@@ -1,5 +1,6 @@
 """Keys and values of a prefill, contiguous: its own, or gathered from the pages."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from xfv1.ops.xformers_base import query_info
 def contiguous_kv(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """[num_keys, num_kv_heads, head_size] of the query's dtype, request after request.
 
-    What a request has in the cache is gathered by indices made once a step; their number is known
-    on the host, for the length of a prefill is, so nothing waits for the device.
+    What a request's queries may see in the cache is gathered by indices made once a step; their
+    number is known on the host, for the length of a prefill is, so nothing waits for the device.
     """
     if call.batch.phase == ENCODER or call.batch.fresh:
         assert call.key is not None and call.value is not None
@@ -37,7 +38,7 @@ def contiguous_bias(call: Call) -> Any:
     plan = ("contiguous_bias", call.layer.causal, window, fresh)
     if plan not in call.plans:
         queries = query_info(call)
-        keys = queries if fresh else _key_info(call)
+        keys = queries if fresh else _key_info(_key_range(call), call.block_table.device)
         if not call.layer.causal:
             bias: Any = attn_bias.BlockDiagonalMask(q_seqinfo=queries, k_seqinfo=keys)
         elif window is None:
@@ -52,35 +53,49 @@ def contiguous_bias(call: Call) -> Any:
     return call.plans[plan]
 
 
-def _key_info(call: Call) -> Any:
+def _key_range(call: Call) -> list[tuple[int, int]]:
+    """The positions [first, end) of each request's keys that some query of it sees.
+
+    What lies wholly before a window is not the request's any more: vLLM frees those blocks.
+    """
+    assert call.seq_lens_cpu is not None
+    lens = call.seq_lens_cpu.tolist()
+    window = call.layer.sliding_window
+    if window is None:
+        return [(0, length) for length in lens]
+    starts = call.query_start_loc_cpu.tolist()
+    return [
+        (max(length - (end - start) - window + 1, 0), length)
+        for (start, end), length in zip(itertools.pairwise(starts), lens, strict=True)
+    ]
+
+
+def _key_info(ranges: list[tuple[int, int]], device: torch.device) -> Any:
     from xformers.ops.fmha.attn_bias import _SeqLenInfo
 
-    assert call.seq_lens_cpu is not None
-    lens = call.seq_lens_cpu
-    starts = torch.zeros(len(lens) + 1, dtype=torch.int32)
-    torch.cumsum(lens, 0, out=starts[1:])
+    lens = [end - first for first, end in ranges]
+    starts = [0, *itertools.accumulate(lens)]
     return _SeqLenInfo(
-        seqstart=starts.to(call.seq_lens.device, non_blocking=True),
-        max_seqlen=int(lens.max()),
-        min_seqlen=int(lens.min()),
-        seqstart_py=starts.tolist(),
+        seqstart=torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True),
+        max_seqlen=max(lens),
+        min_seqlen=min(lens),
+        seqstart_py=starts,
     )
 
 
 def _slots(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block and offset of every key of the batch: [num_keys] each."""
-    if "slots" not in call.plans:
-        assert call.seq_lens_cpu is not None and call.key_cache is not None
+    """Block and offset of every key of the batch that is seen: [num_keys] each."""
+    plan = ("slots", call.layer.sliding_window)
+    if plan not in call.plans:
+        assert call.key_cache is not None
         size = call.key_cache.shape[1]
-        lens = call.seq_lens_cpu.tolist()
-        total = sum(lens)
+        ranges = _key_range(call)
         # Made on the host, where all of it is known, in one copy: request, then position.
-        lengths = torch.tensor(lens)
-        requests = torch.repeat_interleave(torch.arange(len(lens)), lengths)
-        starts = torch.cumsum(lengths, 0) - lengths
-        positions = torch.arange(total) - starts[requests]
+        positions = torch.cat([torch.arange(*keys) for keys in ranges])
+        counts = torch.tensor([end - first for first, end in ranges])
+        requests = torch.repeat_interleave(torch.arange(len(ranges)), counts)
         both = torch.stack([requests, positions]).to(call.block_table.device, non_blocking=True)
         blocks = call.block_table[both[0], both[1] // size].long()
-        call.plans["slots"] = blocks, both[1] % size
-    slots: tuple[torch.Tensor, torch.Tensor] = call.plans["slots"]
+        call.plans[plan] = blocks, both[1] % size
+    slots: tuple[torch.Tensor, torch.Tensor] = call.plans[plan]
     return slots
