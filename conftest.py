@@ -98,6 +98,8 @@ def _share_machine() -> None:
     torch.set_num_threads(max(1, cores // workers))
     if not worker:
         return
+    # Line tables are a sixth of the time that Triton compiles, which is most of a GPU's run.
+    os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     if len(devices) > 1:

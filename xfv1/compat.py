@@ -1,5 +1,6 @@
 """All that differs between vLLM's versions (0.26 to 0.33), platforms and caches."""
 
+import enum
 import functools
 import re
 from typing import Any
@@ -106,12 +107,19 @@ def write_kv(
         cache[blocks, offsets] = content.to(cache.dtype)
 
 
-def kv_cache_layouts() -> tuple[Any, ...]:
-    """vLLM's layouts that xfv1 reads, the preferred first (0.29 on)."""
-    from vllm.v1.kv_cache_interface import KVCacheLayout
+LAYOUTS = ("LBNHC", "LBHNC", "BLNHC", "BLHNC", "BHLNC", "LHBNC")
 
-    names = ("LBNHC", "LBHNC", "BLNHC", "BLHNC", "BHLNC", "LHBNC")
-    return tuple(KVCacheLayout[name] for name in names if name in KVCacheLayout.__members__)
+
+def kv_cache_layouts() -> tuple[Any, ...]:
+    """The layouts that xfv1 reads, the preferred first: members of vLLM's enum, named as there.
+
+    vLLM before 0.29 has no such enum and asks for stride orders; any strides are read all the same.
+    """
+    from vllm.v1 import kv_cache_interface
+
+    known: Any = getattr(kv_cache_interface, "KVCacheLayout", None)
+    known = known or enum.Enum("Layout", LAYOUTS)
+    return tuple(known[name] for name in LAYOUTS if name in known.__members__)
 
 
 def stride_order(include_num_layers_dimension: bool) -> tuple[int, ...]:

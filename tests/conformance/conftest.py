@@ -5,7 +5,6 @@ import functools
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,12 +13,12 @@ import torch
 from fixtures.cases import AttnCase
 from fixtures.inputs import AttnInputs, Poison, build_inputs
 from tests.harness.candidate import Driver, Outcome, Refused, drive
-from tests.harness.compare import snapshot
+from tests.harness.oracle import reference_device
 
 
 @functools.lru_cache(maxsize=2)
 def _inputs(case: AttnCase, device: torch.device, poison: Poison) -> AttnInputs:
-    return build_inputs(case, device, poison)
+    return build_inputs(case, reference_device(case, device), poison)
 
 
 @pytest.fixture
@@ -34,25 +33,16 @@ def driver(candidate: type[Any], case: AttnCase, device: torch.device) -> Driver
     return drive(candidate, case, device)
 
 
-@dataclass(frozen=True)
-class Ran:
-    """One run of the candidate, and what its inputs held before."""
-
-    outcome: Outcome
-    before: dict[str, torch.Tensor]
-
-
 @pytest.fixture
-def ran(candidate: Any, case: AttnCase, device: torch.device, inputs: AttnInputs) -> Ran:
+def outcome(candidate: Any, case: AttnCase, device: torch.device) -> Outcome:
     """The candidate's answer to the case: run once, looked at by several tests."""
-    return _ran(candidate, case, device)
+    return _outcome(candidate, case, device)
 
 
 @functools.lru_cache(maxsize=1)
-def _ran(candidate: type[Any], case: AttnCase, device: torch.device) -> Ran:
-    inputs = _inputs(case, device, Poison.CONTRACT)
-    before = snapshot(inputs)
-    return Ran(drive(candidate, case, device).run(inputs), before)
+def _outcome(candidate: type[Any], case: AttnCase, device: torch.device) -> Outcome:
+    driver = drive(candidate, case, device)
+    return driver.run(_inputs(case, device, Poison.CONTRACT))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -65,6 +55,23 @@ def pytest_runtest_setup(item: pytest.Item) -> Any:
 def pytest_runtest_call(item: pytest.Item) -> Any:
     with _refused_or_lost(item):
         return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Any:
+    result = yield
+    _share_memory()
+    return result
+
+
+def _share_memory() -> None:
+    """Give back what PyTorch keeps for later where that is more than this worker's share."""
+    if not torch.cuda.is_initialized():
+        return
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    share = torch.cuda.get_device_properties().total_memory / workers
+    if torch.cuda.memory_reserved() > share / 2:
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ def test_blocks_past_two_to_the_31_elements_are_read_and_written(
     driver: Driver, inputs: AttnInputs, record: Recorder
 ) -> None:
     """The same answer from blocks so far apart that an int32 offset overflows (vLLM #50427)."""
-    moved = permute_blocks(inputs, seed=inputs.case.seed)
+    moved = permute_blocks(inputs.copied(driver.device), seed=inputs.case.seed)
     last = int(moved.slot_mapping.max()) // inputs.case.block_size
     # A multiple of 64 elements keeps every row aligned for any kernel.
     stride = -(-BEYOND_INT32 // (last * 64)) * 64

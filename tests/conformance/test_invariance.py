@@ -9,7 +9,6 @@ from fixtures.cases import AttnCase
 from fixtures.inputs import BATCH_TENSORS, AttnInputs
 from fixtures.tables import TIERS, depth_tier
 from fixtures.transforms import (
-    detached,
     first_tokens,
     later_tokens,
     permute_blocks,
@@ -99,14 +98,13 @@ def test_a_captured_graph_replays_like_eager(
     if inputs.case.sliding_window is None and not inputs.case.shared_prefix:
         batches.append(shorten(inputs))
     # The graph's own tensors: it reads these, and the batches are copied into them.
-    static = detached(permute_blocks(inputs, seed=1))
-    cache, storage = static.new_cache()
+    static = permute_blocks(inputs, seed=1).copied(device)
     output = new_output(static)
     metadata = driver.metadata(static)
 
     def step() -> None:
-        driver.update_cache(static, cache)
-        driver.forward(static, cache, metadata, output)
+        driver.update_cache(static, static.cache)
+        driver.forward(static, static.cache, metadata, output)
 
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
@@ -117,21 +115,20 @@ def test_a_captured_graph_replays_like_eager(
     with torch.cuda.graph(graph):
         step()
     for batch in batches:
-        _refill(static, batch, storage, output)
+        _refill(static, batch, output)
         # vLLM builds metadata anew at every step; what a graph reads is refreshed in place.
-        driver.metadata(batch)
+        driver.metadata(static)
         graph.replay()
         torch.cuda.synchronize(device)
-        check_against_reference(batch, Outcome(output, storage), record)
+        done = Outcome(output.to(batch.device), static.storage.to(batch.device))
+        check_against_reference(batch, done, record)
 
 
-def _refill(
-    static: AttnInputs, batch: AttnInputs, storage: torch.Tensor, output: torch.Tensor
-) -> None:
+def _refill(static: AttnInputs, batch: AttnInputs, output: torch.Tensor) -> None:
     """Put another batch into the tensors that a graph was captured over."""
     for name in BATCH_TENSORS:
         getattr(static, name).copy_(getattr(batch, name))
-    storage.copy_(batch.storage)
+    static.storage.copy_(batch.storage)
     bits(output).fill_(0)
 
 

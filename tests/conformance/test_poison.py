@@ -5,6 +5,7 @@ from fixtures.inputs import Poison, build_inputs
 from fixtures.tables import depth_tier
 from tests.harness.candidate import Driver
 from tests.harness.compare import check_against_reference
+from tests.harness.oracle import reference_device
 from tests.harness.report import Recorder
 
 
@@ -19,7 +20,7 @@ def _is_paged(case: AttnCase) -> bool:
 
 
 def _check_poisoned(driver: Driver, case: AttnCase, poison: Poison, record: Recorder) -> None:
-    inputs = build_inputs(case, driver.device, poison)
+    inputs = build_inputs(case, reference_device(case, driver.device), poison)
     check_against_reference(inputs, driver.run(inputs), record)
 
 

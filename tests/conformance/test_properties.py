@@ -15,7 +15,7 @@ from fixtures.strategies import attn_cases, profile
 from fixtures.tables import TIERS
 from tests.harness.candidate import Refused, drive
 from tests.harness.compare import check_cache, check_output, check_padding
-from tests.harness.oracle import expected
+from tests.harness.oracle import expected, reference_device
 from tests.harness.report import record_drawn
 
 pytestmark = [getattr(pytest.mark, tier) for tier in TIERS]
@@ -27,7 +27,7 @@ def test_any_case_matches_the_reference(
     drawn: AttnCase, candidate: type[Any], device: torch.device, request: pytest.FixtureRequest
 ) -> None:
     """Output within its budget, padding and all of the cache but the new tokens untouched."""
-    inputs = build_inputs(drawn, device)
+    inputs = build_inputs(drawn, reference_device(drawn, device))
     try:
         outcome = drive(candidate, drawn, device).run(inputs)
         truth = expected(inputs, outcome.query)

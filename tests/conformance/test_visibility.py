@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fixtures.cases import AttnCase
-from fixtures.inputs import TORCH_DTYPES
+from fixtures.inputs import TORCH_DTYPES, AttnInputs
 from fixtures.probes import build_probe, can_probe
 from reference import visible
 from tests.harness.candidate import drive
@@ -19,13 +19,17 @@ COUNTABLE = 64
 
 
 def test_sees_exactly_the_keys_it_may(
-    candidate: type[Any], case: AttnCase, device: torch.device, record: Recorder
+    candidate: type[Any],
+    case: AttnCase,
+    device: torch.device,
+    inputs: AttnInputs,
+    record: Recorder,
 ) -> None:
     """Zero keys, one-hot values: the output is zero exactly where a key is hidden."""
     # A sink of logit 0 weighs as much as one key.
-    sinks = torch.zeros(case.num_heads, dtype=TORCH_DTYPES[case.dtype], device=device)
+    sinks = torch.zeros(case.num_heads, dtype=TORCH_DTYPES[case.dtype])
     driver = drive(candidate, case, device, sinks if case.sinks else None)
-    probe = build_probe(case, device)
+    probe = build_probe(inputs)
     output = driver.run(probe.inputs).output.float().cpu()
     starts = probe.inputs.query_start_loc.tolist()
     asked = 0

@@ -16,6 +16,7 @@ does to them (`reference.lowprec` is one) is a handful of roundings, each with a
 4. A quantized cache may be dequantized to the model's dtype first: u / sqrt(3) relative on each
    element of k and v more.
 5. fp16 has probabilities below its smallest normal: an absolute error of half a subnormal step.
+   GPUs take what lies below float32's smallest normal for zero.
 
 The bound is 6 standard deviations: no matrix run here draws the 1e9 elements it takes to see one
 beyond. All of it is first-order, and a factor above what honest kernels show (see
@@ -31,6 +32,7 @@ from reference.attention import Attended
 SIGMAS = 6.0
 UNIFORM = 3.0**-0.5
 U32 = 2.0**-24
+FLUSHED = torch.finfo(torch.float32).smallest_normal
 # Roundings a float32 dot product, its scaling and an exponential come to, in units of u32.
 LOGIT_ROUNDINGS = 8.0
 TANH_APPROX = 2.0**-11
@@ -107,8 +109,8 @@ def attention_budget(
 
     largest = v.abs().amax(dim=0).repeat_interleave(group, dim=0)
     count = seen.sum(dim=-1).transpose(0, 1).double()
-    subnormal = torch.finfo(dtype).smallest_normal * u
-    floor = SIGMAS * subnormal * count.sqrt()[..., None] * (1.0 + largest[None])
+    least = max(torch.finfo(dtype).smallest_normal * u, FLUSHED)
+    floor = SIGMAS * least * count.sqrt()[..., None] * (1.0 + largest[None])
     output = SIGMAS * variance.sqrt() + 1.01 * u * o.abs() + floor
 
     lse_error = SIGMAS * (p * logit_error).sum(dim=-1).transpose(0, 1)

@@ -82,11 +82,13 @@ class Outcome:
 
     output: [num_rows, num_heads, head_size], all rows, padding too. storage: the candidate's
     cache storage afterwards. query: what it was given, if its layer quantized the inputs' own.
+    given: its own copy of the batch, as it left it.
     """
 
     output: torch.Tensor
     storage: torch.Tensor
     query: torch.Tensor | None = None
+    given: AttnInputs | None = None
 
 
 @dataclass
@@ -132,23 +134,27 @@ class Driver:
         return quantized
 
     def run(self, inputs: AttnInputs) -> Outcome:
-        """A whole step: build, write, attend, on a fresh copy of the cache.
+        """A whole step: build, write, attend, on the candidate's own copy of batch and cache.
+
+        The outcome lies where the inputs do.
 
         Raises:
             Mismatch: if the backend raises NotImplementedError: it has accepted the layer, and a
                 server would die of it in the middle of its service.
         """
-        cache, storage = inputs.new_cache()
-        output = new_output(inputs)
+        given = inputs.copied(self.device)
+        output = new_output(given)
         try:
-            metadata = self.metadata(inputs)
-            self.update_cache(inputs, cache)
-            query = self.forward(inputs, cache, metadata, output)
+            metadata = self.metadata(given)
+            self.update_cache(given, given.cache)
+            query = self.forward(given, given.cache, metadata, output)
         except NotImplementedError as error:
             raise Mismatch(f"accepted the layer, then refused a batch: {error}") from error
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return Outcome(output, storage, query)
+        to = inputs.device
+        query = None if query is None else query.to(to)
+        return Outcome(output.to(to), given.storage.to(to), query, given)
 
 
 def new_output(inputs: AttnInputs) -> torch.Tensor:
@@ -237,7 +243,7 @@ def layout_reasons(backend: type[Any], case: AttnCase) -> list[str]:
     """Why the backend would never be given a case's cache layout, or nothing."""
     if case.attention == "encoder":
         return []
-    if hasattr(backend, "supported_kv_cache_layouts") and not _states_shape():
+    if hasattr(backend, "supported_kv_cache_layouts"):
         layouts = backend.supported_kv_cache_layouts()
         names = None if layouts is None else [layout.name for layout in layouts]
     else:
@@ -245,13 +251,6 @@ def layout_reasons(backend: type[Any], case: AttnCase) -> list[str]:
     if names is not None and case.kv_layout not in names:
         return [f"KV cache layout {case.kv_layout} not among {', '.join(names)}"]
     return []
-
-
-def _states_shape() -> bool:
-    """Whether in this vLLM the backend states the cache's shape (before 0.29)."""
-    from vllm.v1.attention.backend import AttentionBackend
-
-    return hasattr(AttentionBackend, "get_kv_cache_shape")
 
 
 def _layouts_by_stride_order(backend: type[Any]) -> list[str]:
@@ -307,7 +306,8 @@ def common_metadata(inputs: AttnInputs) -> Any:
     fields: dict[str, Any] = {
         "query_start_loc": inputs.query_start_loc,
         "query_start_loc_cpu": starts_cpu,
-        "seq_lens": own.to(inputs.seq_lens.device),
+        # The batch's own tensor: a captured graph reads what is written to it later.
+        "seq_lens": own.to(inputs.seq_lens.device) if cross else inputs.seq_lens,
         "_seq_lens_cpu": own,
         "seq_lens_cpu_upper_bound": own,
         "num_reqs": inputs.num_reqs,
@@ -374,7 +374,7 @@ def _layer(
 
     extra: dict[str, Any] = {}
     if case.sinks:
-        extra["sinks"] = build_sinks(case).to(device) if sinks is None else sinks
+        extra["sinks"] = (build_sinks(case) if sinks is None else sinks).to(device)
     slopes = build_slopes(case)
 
     def make(prefix: str, target: str | None = None) -> Any:

@@ -18,7 +18,6 @@ __all__ = [
     "check_output",
     "check_padding",
     "raw",
-    "snapshot",
 ]
 
 # Above this share of the budget a case fails.
@@ -142,22 +141,19 @@ def _locate(inputs: AttnInputs, flat: int) -> tuple[int, int, int, int, int]:
     return by_axis["L"], by_axis["B"], by_axis["H"], by_axis["N"], by_axis["C"]
 
 
-def check_inputs_unchanged(inputs: AttnInputs, before: dict[str, torch.Tensor]) -> None:
-    """query, key, value and the tables hold what they held.
+def check_inputs_unchanged(inputs: AttnInputs, given: AttnInputs) -> None:
+    """query, key, value and the tables that a candidate was given still hold what the inputs do.
 
     Raises:
         Mismatch: naming the tensor.
     """
-    for name, was in before.items():
-        if not torch.equal(raw(getattr(inputs, name)), was):
+    for name in BATCH_TENSORS:
+        was, is_now = (raw(getattr(of, name)).to(inputs.device) for of in (inputs, given))
+        if not torch.equal(was, is_now):
             raise Mismatch(f"the candidate changed its input {name}")
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy as integers, so that NaN compares equal to itself."""
-    copy = tensor.contiguous().clone()
-    return bits(copy) if copy.is_floating_point() else copy
-
-
-def snapshot(inputs: AttnInputs) -> dict[str, torch.Tensor]:
-    return {name: raw(getattr(inputs, name)) for name in BATCH_TENSORS}
+    """A contiguous tensor of integers, so that NaN compares equal to itself."""
+    dense = tensor.contiguous()
+    return bits(dense) if dense.is_floating_point() else dense

@@ -6,9 +6,14 @@ from typing import Any
 
 import torch
 
+from fixtures.cases import AttnCase
 from fixtures.inputs import TORCH_DTYPES, AttnInputs
+from fixtures.tables import work
 from reference import attend, gather_kv, write_kv
 from tests.harness.budget import attention_budget
+
+# Multiplications that take one core a tenth of a second, as float64 and all that goes with them.
+HOST_WORK = 2e8
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,14 @@ class Request:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
+
+
+def reference_device(case: AttnCase, device: torch.device) -> torch.device:
+    """Where a case's inputs are made and its truth is worked out: on the CPU, unless that is much.
+
+    To a GPU, which the workers share, a small case is a hundred small waits.
+    """
+    return device if work(case) > HOST_WORK else torch.device("cpu")
 
 
 def semantics(inputs: AttnInputs) -> dict[str, Any]:

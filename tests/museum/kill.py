@@ -35,9 +35,7 @@ from tests.conformance import (  # noqa: E402
     test_poison,
     test_visibility,
 )
-from tests.conformance.conftest import Ran  # noqa: E402
 from tests.harness.candidate import Refused, drive, load_candidate  # noqa: E402
-from tests.harness.compare import snapshot  # noqa: E402
 from tests.harness.report import environment  # noqa: E402
 from tests.museum.faults import FAULTS, Fault, Plain  # noqa: E402
 
@@ -103,12 +101,6 @@ def _unrecorded(**measured: Any) -> None:
     """In place of a report."""
 
 
-def _ran(candidate: type[Any], case: AttnCase) -> Ran:
-    inputs = _inputs(case)
-    before = snapshot(inputs)
-    return Ran(drive(candidate, case, CPU).run(inputs), before)
-
-
 # What conformance tests ask for: their fixtures, made here.
 FIXTURES: dict[str, Callable[[type[Any], AttnCase], Any]] = {
     "candidate": lambda candidate, case: candidate,
@@ -116,7 +108,7 @@ FIXTURES: dict[str, Callable[[type[Any], AttnCase], Any]] = {
     "device": lambda candidate, case: CPU,
     "driver": lambda candidate, case: drive(candidate, case, CPU),
     "inputs": lambda candidate, case: _inputs(case),
-    "ran": _ran,
+    "outcome": lambda candidate, case: drive(candidate, case, CPU).run(_inputs(case)),
     "record": lambda candidate, case: _unrecorded,
 }
 
