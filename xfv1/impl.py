@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from xfv1 import compat, dispatch
+from xfv1 import compat, debug, dispatch
 from xfv1.metadata import Phase, XFormersMetadata
 from xfv1.ops.base import ENCODER, Batch, Call, Layer, Op, device_of
 
@@ -61,6 +61,7 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         if sinks is not None and sinks.shape[0] != num_heads:
             raise ValueError(f"sinks of {sinks.shape[0]} heads: expected num_heads={num_heads}")
         self.fp8_dtype = compat.fp8_dtype(kv_cache_dtype)
+        self.debug = debug.enabled()
         self._layers: dict[tuple[torch.dtype, int, bool], Layer] = {}
         device = device_of(compat.device_kind())
         encoder = attn_type in ENCODERS
@@ -110,6 +111,10 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         """
         if self.attn_type in ENCODERS:
             return
+        if self.debug:
+            debug.check_update(self, key, value, kv_cache, slot_mapping)
+        if not slot_mapping.numel():
+            return
         key_cache, value_cache = self._split(kv_cache)
         compat.write_kv(
             key, value, key_cache, value_cache, slot_mapping, self.kv_cache_dtype, layer
@@ -137,15 +142,18 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         if attn_metadata is None:
             # Profiling run.
             return output.fill_(0)
+        encoder = self.attn_type in ENCODERS
+        if self.debug:
+            cache = None if encoder else kv_cache
+            debug.check_forward(self, query, key, value, cache, attn_metadata, output)
         if self.alibi_slopes is not None and self.alibi_slopes.device != query.device:
             self.alibi_slopes = self.alibi_slopes.to(query.device)
 
-        encoder = self.attn_type in ENCODERS
         caches = None if encoder else self._split(kv_cache)
         block_size = 0 if caches is None else caches[0].shape[1]
         facts = self._layer(query.dtype, block_size, attn_metadata.causal)
         phases = attn_metadata.phases
-        if encoder:
+        if encoder and phases:
             phases = [attn_metadata.whole]
         elif len(phases) == 2:
             ops = [self._op(facts, phase, caches, query) for phase in phases]

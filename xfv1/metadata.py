@@ -13,8 +13,13 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
-from vllm.v1.kv_cache_interface import AttentionSpec, CrossAttentionSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    CrossAttentionSpec,
+    EncoderOnlyAttentionSpec,
+)
 
+from xfv1 import debug
 from xfv1.ops.base import DECODE, PREFILL, Batch
 
 
@@ -42,7 +47,8 @@ class XFormersMetadata(AttentionMetadata):
     """One step's batch, whole and in phases.
 
     whole: all requests as one ragged phase. phases: the same as decodes, then prefills, whichever
-    there are. slot_mapping: [num_tokens] int64 (vLLM's cross attention replaces it).
+    there are; none where nothing is asked. slot_mapping: [num_tokens] int64 (vLLM's cross attention
+    replaces it).
     """
 
     num_actual_tokens: int
@@ -72,6 +78,8 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.is_cross = isinstance(kv_cache_spec, CrossAttentionSpec)
+        self.is_encoder = isinstance(kv_cache_spec, EncoderOnlyAttentionSpec)
+        self.debug = debug.enabled()
         # Verification of drafts, 1 + num_speculative_tokens to a request, decodes too.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
 
@@ -81,12 +89,14 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> XFormersMetadata:
-        """The step's metadata. Never waits for the device.
+        """The step's metadata. Never waits for the device, but for XFV1_DEBUG's checks.
 
         Raises:
             NotImplementedError: for causality that differs between requests.
         """
         common = common_attn_metadata
+        if self.debug:
+            debug.check_batch(common, encoder=self.is_encoder, cross=self.is_cross)
         if isinstance(common.causal, torch.Tensor):
             raise NotImplementedError("causal differs between requests: expected True or False")
         # Cross attention's keys are the encoder's; what the host is told are the decoder's.
@@ -110,9 +120,13 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
             seq_lens_cpu=None if bound is None else bound[:num_reqs],
             block_table=common.block_table_tensor[:num_reqs],
         )
-        decodes, _, decode_tokens, _ = split_decodes_and_prefills(
-            common, decode_threshold=self.reorder_batch_threshold or 1, require_uniform=True
-        )
+        phases: list[Phase] = []
+        # Most ops take no empty batch.
+        if 0 not in (num_reqs, common.num_actual_tokens, common.max_query_len):
+            decodes, _, decode_tokens, _ = split_decodes_and_prefills(
+                common, decode_threshold=self.reorder_batch_threshold or 1, require_uniform=True
+            )
+            phases = _split(whole, decodes, decode_tokens)
         return XFormersMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
@@ -123,7 +137,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
             slot_mapping=common.slot_mapping,
             causal=common.causal,
             whole=whole,
-            phases=_split(whole, decodes, decode_tokens),
+            phases=phases,
         )
 
     def update_block_table(

@@ -36,7 +36,7 @@ ENVIRONMENT = {
 # Room for every prompt at once, and no gibibyte to fill with zeros.
 CACHED_TOKENS = 8192
 # What a session does not take over from the process that starts it.
-OWN = ("XFV1_CPU", "XFV1_OPS", "TRITON_INTERPRET", "XFORMERS_ENABLE_TRITON")
+OWN = ("XFV1_CPU", "XFV1_DEBUG", "XFV1_OPS", "TRITON_INTERPRET", "XFORMERS_ENABLE_TRITON")
 # Faults planted in xfv1's torch op: how far each query's position is moved against the keys'.
 FAULTS = {"newest_key_lost": -1, "one_key_ahead": 1}
 
