@@ -3,6 +3,7 @@
 import enum
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,10 +102,56 @@ def write_kv(
         (value, value_cache, layer._v_scale),
     ):
         content = new[tokens]
-        if cache.itemsize == 1:
-            largest = torch.finfo(cache.dtype).max
-            content = (content.float() / scale).clamp(-largest, largest)
-        cache[blocks, offsets] = content.to(cache.dtype)
+        cache[blocks, offsets] = quantize(content, cache.dtype, scale)
+
+
+def quantize(content: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
+    """Keys or values as a cache of that dtype stores them."""
+    if dtype.itemsize == 1:
+        largest = torch.finfo(dtype).max
+        content = (content.float() / scale).clamp(-largest, largest)
+    return content.to(dtype)
+
+
+def context_group(kv_cache_spec: Any) -> tuple[int, int]:
+    """Size of the decode context parallel group a cache is spread over, and this rank in it."""
+    from vllm.distributed.parallel_state import get_dcp_group
+
+    # A draft model's cache may be whole on every rank (0.32 on).
+    if not getattr(kv_cache_spec, "dcp_sharded", True):
+        return 1, 0
+    try:
+        group = get_dcp_group()
+    except AssertionError:
+        # There is none, in tests.
+        return 1, 0
+    return group.world_size, group.rank_in_group
+
+
+def vllm_has_triton() -> bool:
+    """Whether vLLM's own Triton kernels run in this process."""
+    from vllm.triton_utils import HAS_TRITON
+
+    return bool(HAS_TRITON)
+
+
+def shard_merge() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """vLLM's merge of the answers of a decode context parallel group's ranks, as configured.
+
+    Called with an output [num_tokens, all heads, head_size], its LSE [num_tokens, all heads], the
+    group and return_lse=True; gives the same of the rank's own heads.
+    """
+    from vllm.config import get_current_vllm_config
+
+    try:
+        from vllm.v1.attention.ops.dcp import cp_lse_ag_out_rs, dcp_a2a_lse_reduce
+    except ImportError:
+        # Before 0.29.
+        from vllm.v1.attention.ops.common import cp_lse_ag_out_rs
+        from vllm.v1.attention.ops.dcp_alltoall import dcp_a2a_lse_reduce
+    a2a = get_current_vllm_config().parallel_config.dcp_comm_backend == "a2a"
+    merge: Callable[..., Any] = dcp_a2a_lse_reduce if a2a else cp_lse_ag_out_rs
+    return merge
 
 
 LAYOUTS = ("LBNHC", "LBHNC", "BLNHC", "BLHNC", "BHLNC", "LHBNC")

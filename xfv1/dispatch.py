@@ -162,29 +162,26 @@ def explain(tried: dict[str, list[str]]) -> str:
     return "; ".join(f"{name}: {', '.join(why)}" for name, why in tried.items())
 
 
-def typical_batches(*, encoder: bool = False, host_lens: bool = True) -> list[Batch]:
+def typical_batches(
+    *, encoder: bool = False, host_lens: bool = True, lse: bool = False
+) -> list[Batch]:
     """A layer's phases, each as the batch that asks most of an op: ragged, with context."""
+    ragged = Batch(PREFILL, num_reqs=2, max_query_len=64, max_seq_len=128, uniform=False, lse=lse)
     if encoder:
-        return [Batch(ENCODER, num_reqs=2, max_query_len=64, max_seq_len=64, uniform=False)]
+        return [replace(ragged, phase=ENCODER, max_seq_len=64)]
     return [
-        Batch(DECODE, num_reqs=2, max_seq_len=128),
-        Batch(
-            PREFILL,
-            num_reqs=2,
-            max_query_len=64,
-            max_seq_len=128,
-            uniform=False,
-            host_lens=host_lens,
-        ),
+        Batch(DECODE, num_reqs=2, max_seq_len=128, host_lens=host_lens, lse=lse),
+        replace(ragged, host_lens=host_lens),
     ]
 
 
-def layer_reasons(
-    layer: Layer, device: Device, *, encoder: bool = False, host_lens: bool = True
-) -> list[str]:
-    """Why a layer cannot be served at all: one reason for each phase that no op serves."""
+def layer_reasons(layer: Layer, device: Device, **kind: bool) -> list[str]:
+    """Why a layer cannot be served at all: one reason for each phase that no op serves.
+
+    kind: see `typical_batches`, here and in `summary`.
+    """
     refused = []
-    for batch in typical_batches(encoder=encoder, host_lens=host_lens):
+    for batch in typical_batches(**kind):
         try:
             choose(layer, batch, device)
         except NoOp as error:
@@ -192,7 +189,7 @@ def layer_reasons(
     return refused
 
 
-def summary(layer: Layer, device: Device, *, encoder: bool = False, host_lens: bool = True) -> str:
+def summary(layer: Layer, device: Device, **kind: bool) -> str:
     """Which op serves each phase of a layer, in words; the layer must be servable."""
-    batches = typical_batches(encoder=encoder, host_lens=host_lens)
+    batches = typical_batches(**kind)
     return ", ".join(f"{b.phase} by {choose(layer, b, device).name}" for b in batches)

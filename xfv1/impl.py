@@ -4,7 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.distributed.parallel_state import get_dcp_group
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
+from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
 from xfv1 import compat, debug, dispatch
 from xfv1.metadata import Phase, XFormersMetadata
@@ -22,7 +24,10 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         ValueError: naming the argument that makes no sense.
     """
 
-    can_return_lse_for_decode = False
+    can_return_lse_for_decode = True
+    supports_dcp = True
+    # Where a draft's keys lie does not matter: the step's own are not read from the cache.
+    supports_mtp_with_cp_non_trivial_interleave_size = True
 
     def __init__(
         self,
@@ -62,32 +67,70 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
             raise ValueError(f"sinks of {sinks.shape[0]} heads: expected num_heads={num_heads}")
         self.fp8_dtype = compat.fp8_dtype(kv_cache_dtype)
         self.debug = debug.enabled()
-        self._layers: dict[tuple[torch.dtype, int, bool], Layer] = {}
+        self._layers: dict[tuple[torch.dtype, int, bool, int], Layer] = {}
         device = device_of(compat.device_kind())
         encoder = attn_type in ENCODERS
         causal = attn_type == AttentionType.DECODER
-        layer = self._layer(torch.get_default_dtype(), 0 if encoder else 16, causal)
+        sharded = self.dcp_world_size > 1 and not encoder
+        dtype = torch.get_default_dtype()
+        layer = self._layer(dtype, 0 if encoder or sharded else 16, causal)
         # Cross attention's lengths are the encoder's, which only the device knows.
-        kind = {"encoder": encoder, "host_lens": attn_type != AttentionType.ENCODER_DECODER}
-        if refused := dispatch.layer_reasons(layer, device, **kind):
+        host_lens = attn_type != AttentionType.ENCODER_DECODER
+        kinds: list[tuple[Layer, dict[str, bool]]] = [
+            (layer, {"encoder": encoder or sharded, "host_lens": host_lens, "lse": sharded})
+        ]
+        refused = self._parallel_reasons(sharded)
+        if sharded:
+            context = self._layer(dtype, 16, False, self.dcp_world_size)
+            kinds.append((context, {"host_lens": False, "lse": True}))
+        for facts, kind in kinds:
+            refused += dispatch.layer_reasons(facts, device, **kind)
+        if refused:
             raise NotImplementedError("xfv1: " + "; ".join(refused))
-        compat.log_once("xfv1: %s", dispatch.summary(layer, device, **kind))
+        self._merge = compat.shard_merge() if sharded else None
+        for facts, kind in kinds:
+            compat.log_once("xfv1: %s", dispatch.summary(facts, device, **kind))
 
-    def _layer(self, dtype: torch.dtype, block_size: int, causal: bool) -> Layer:
-        key = (dtype, block_size, causal)
+    def _parallel_reasons(self, sharded: bool) -> list[str]:
+        """Why the layer cannot be served in the context parallel groups there are."""
+        reasons = []
+        if self.pcp_world_size > 1:
+            reasons.append(f"prefill_context_parallel_size={self.pcp_world_size}: expected 1")
+        if not sharded:
+            return reasons
+        size = self.dcp_world_size
+        refused = {
+            # A rank's keys do not lie at consecutive positions.
+            "sliding windows": self.sliding_window is not None,
+            "ALiBi": self.alibi_slopes is not None,
+            "cross attention": self.attn_type == AttentionType.ENCODER_DECODER,
+            "layers that read another's cache": self.kv_sharing_target_layer_name is not None,
+            # Query heads of different ranks then do not lie by KV head.
+            f"num_kv_heads={self.num_kv_heads}, only 1": self.num_kv_heads != 1,
+            # For vLLM's merge.
+            f"head_size={self.head_size}, only powers of two": self.head_size.bit_count() != 1,
+            "groups other than of powers of two": size.bit_count() != 1,
+            "merge without Triton": not compat.vllm_has_triton(),
+        }
+        words = [word for word, is_so in refused.items() if is_so]
+        return reasons + [f"decode_context_parallel_size={size}: no {word}" for word in words]
+
+    def _layer(self, dtype: torch.dtype, block_size: int, causal: bool, ranks: int = 1) -> Layer:
+        """The layer's facts. ranks: of a decode context parallel group, for its context."""
+        key = (dtype, block_size, causal, ranks)
         if key not in self._layers:
             self._layers[key] = Layer(
-                num_heads=self.num_heads,
+                num_heads=self.num_heads * ranks,
                 num_kv_heads=self.num_kv_heads,
                 head_size=self.head_size,
                 dtype=dtype,
-                kv_dtype=self.fp8_dtype or dtype,
+                kv_dtype=self.fp8_dtype if self.fp8_dtype and block_size else dtype,
                 block_size=block_size,
                 sliding_window=self.sliding_window,
                 softcap=self.logits_soft_cap,
                 alibi=self.alibi_slopes is not None,
                 alibi_sqrt=self.use_alibi_sqrt and self.alibi_slopes is not None,
-                sinks=self.sinks is not None,
+                sinks=self.sinks is not None and ranks == 1,
                 causal=causal,
             )
         return self._layers[key]
@@ -150,6 +193,9 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
             self.alibi_slopes = self.alibi_slopes.to(query.device)
 
         caches = None if encoder else self._split(kv_cache)
+        if attn_metadata.parts is not None and caches is not None:
+            self._run_parts(attn_metadata, caches, layer, query, key, value, output)
+            return output
         block_size = 0 if caches is None else caches[0].shape[1]
         facts = self._layer(query.dtype, block_size, attn_metadata.causal)
         phases = attn_metadata.phases
@@ -162,6 +208,50 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         for phase in phases:
             self._run(facts, phase, caches, layer, query, key, value, output)
         return output
+
+    def _run_parts(
+        self,
+        metadata: XFormersMetadata,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """A step whose cache is spread over a decode context parallel group.
+
+        What is new in it each rank attends to by itself, causally, sinks among it; of the context
+        its own share, without a mask, for the query heads of all ranks. vLLM merges these.
+        """
+        parts, rows = metadata.parts, metadata.whole.rows
+        assert parts is not None and self._merge is not None
+        query, key, value, output = query[rows], key[rows], value[rows], output[rows]
+        if self.fp8_dtype is not None:
+            # As every later step will see them.
+            key = self._stored(key, layer._k_scale)
+            value = self._stored(value, layer._v_scale)
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        new = self._layer(query.dtype, 0, metadata.causal)
+        self._run(new, parts.new, None, layer, query, key, value, output, lse)
+        if not parts.context:
+            return
+        group = get_dcp_group()
+        query = group.all_gather(query.contiguous(), dim=1)
+        context = torch.empty_like(query)
+        context_lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        facts = self._layer(query.dtype, caches[0].shape[1], False, self.dcp_world_size)
+        for phase in parts.context:
+            self._run(facts, phase, caches, layer, query, None, None, context, context_lse)
+        context, context_lse = self._merge(context, context_lse, group, return_lse=True)
+        merge_attn_states(
+            output, context, context_lse.t().contiguous(), output, lse.t().contiguous()
+        )
+
+    def _stored(self, new: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Keys or values as a float8 cache gives them back."""
+        assert self.fp8_dtype is not None
+        return (compat.quantize(new, self.fp8_dtype, scale).float() * scale).to(new.dtype)
 
     def _split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value views [num_blocks, block_size, num_kv_heads, head_size]."""
@@ -211,6 +301,7 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         output: torch.Tensor,
+        lse: torch.Tensor | None = None,
     ) -> None:
         op = self._op(facts, phase, caches, query)
         own = (
@@ -235,9 +326,10 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
                 seq_lens_cpu=phase.seq_lens_cpu,
                 scale=self.scale,
                 alibi_slopes=self.alibi_slopes,
-                sinks=self.sinks,
+                sinks=self.sinks if facts.sinks else None,
                 k_scale=layer._k_scale,
                 v_scale=layer._v_scale,
+                lse=None if lse is None else lse[phase.rows],
                 plans=phase.plans,
             )
         )

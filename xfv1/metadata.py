@@ -12,14 +12,14 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.attention.backends.utils import get_dcp_local_seq_lens, split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     CrossAttentionSpec,
     EncoderOnlyAttentionSpec,
 )
 
-from xfv1 import debug
+from xfv1 import compat, debug
 from xfv1.ops.base import DECODE, PREFILL, Batch
 
 
@@ -43,12 +43,24 @@ class Phase:
 
 
 @dataclass
+class Parts:
+    """The keys of a step whose cache is spread over a decode context parallel group.
+
+    context: the step's phases over what this rank's cache holds of the keys from before the step;
+    none if no request has any, on any rank. new: all requests over the step's own keys.
+    """
+
+    context: list[Phase]
+    new: Phase
+
+
+@dataclass
 class XFormersMetadata(AttentionMetadata):
     """One step's batch, whole and in phases.
 
     whole: all requests as one ragged phase. phases: the same as decodes, then prefills, whichever
     there are; none where nothing is asked. slot_mapping: [num_tokens] int64 (vLLM's cross attention
-    replaces it).
+    replaces it). parts: None where the cache is whole.
     """
 
     num_actual_tokens: int
@@ -61,6 +73,7 @@ class XFormersMetadata(AttentionMetadata):
     causal: bool
     whole: Phase
     phases: list[Phase]
+    parts: Parts | None = None
 
 
 class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
@@ -81,7 +94,15 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
         self.is_encoder = isinstance(kv_cache_spec, EncoderOnlyAttentionSpec)
         self.debug = debug.enabled()
         # Verification of drafts, 1 + num_speculative_tokens to a request, decodes too.
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self._init_reorder_batch_threshold(
+            1, supports_spec_as_decode=True, supports_dcp_with_varlen=True
+        )
+        self.dcp_world_size, self.dcp_rank = compat.context_group(kv_cache_spec)
+        self.interleave = vllm_config.parallel_config.cp_kv_cache_interleave_size
+        if self.dcp_world_size > 1:
+            # Graphs read them: this rank's keys from before the step, and the step's own.
+            max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+            self._lens = torch.zeros(2, max_num_reqs, dtype=torch.int32, device=device)
 
     def build(
         self,
@@ -109,7 +130,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
                 num_reqs=num_reqs,
                 max_query_len=common.max_query_len,
                 max_seq_len=common.max_seq_len,
-                uniform=common.num_actual_tokens == num_reqs * common.max_query_len,
+                uniform=bool((starts.diff() == common.max_query_len).all()),
                 fresh=_is_fresh(starts, bound, num_reqs),
                 host_lens=bound is not None,
             ),
@@ -138,7 +159,37 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
             causal=common.causal,
             whole=whole,
             phases=phases,
+            parts=self._parts(whole, phases) if phases and self.dcp_world_size > 1 else None,
         )
+
+    def _parts(self, whole: Phase, phases: list[Phase]) -> Parts:
+        context_lens, query_lens = self._lens[:, : whole.batch.num_reqs]
+        query_lens.copy_(whole.query_start_loc.diff())
+        # All ranks' lengths: asked for one's, vLLM's helper may copy its number from the host.
+        local = get_dcp_local_seq_lens(
+            whole.seq_lens - query_lens, self.dcp_world_size, None, self.interleave
+        )
+        context_lens.copy_(local[:, self.dcp_rank])
+        new = replace(whole, batch=replace(whole.batch, lse=True), seq_lens=query_lens, plans={})
+        # A graph of decodes is captured with context, whatever the batch at hand has.
+        if whole.batch.fresh and phases[0].batch.phase == PREFILL:
+            return Parts([], new)
+        context, first = [], 0
+        for phase in phases:
+            last = first + phase.batch.num_reqs
+            # The first rank's share of the longest, which is the largest.
+            turns = -(-phase.batch.max_seq_len // (self.dcp_world_size * self.interleave))
+            batch = replace(
+                phase.batch,
+                max_seq_len=turns * self.interleave,
+                fresh=False,
+                lse=True,
+                host_lens=False,
+            )
+            lens = context_lens[first:last]
+            context.append(replace(phase, batch=batch, seq_lens=lens, seq_lens_cpu=None, plans={}))
+            first = last
+        return Parts(context, new)
 
     def update_block_table(
         self, metadata: XFormersMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
@@ -146,15 +197,22 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
         """The same batch in another cache group: other blocks, other plans."""
         updated = copy.copy(metadata)
         updated.block_table, updated.slot_mapping = blk_table, slot_mapping
-        num_reqs = metadata.whole.batch.num_reqs
-        updated.whole = replace(metadata.whole, block_table=blk_table[:num_reqs], plans={})
-        first = 0
-        updated.phases = []
-        for phase in metadata.phases:
-            last = first + phase.batch.num_reqs
-            updated.phases.append(replace(phase, block_table=blk_table[first:last], plans={}))
-            first = last
+        (updated.whole,) = _with_table([metadata.whole], blk_table)
+        updated.phases = _with_table(metadata.phases, blk_table)
+        if metadata.parts is not None:
+            (new,) = _with_table([metadata.parts.new], blk_table)
+            updated.parts = Parts(_with_table(metadata.parts.context, blk_table), new)
         return updated
+
+
+def _with_table(phases: list[Phase], block_table: torch.Tensor) -> list[Phase]:
+    """Consecutive phases of a step, over other blocks."""
+    result, first = [], 0
+    for phase in phases:
+        last = first + phase.batch.num_reqs
+        result.append(replace(phase, block_table=block_table[first:last], plans={}))
+        first = last
+    return result
 
 
 def _is_fresh(starts: torch.Tensor, bound: torch.Tensor | None, num_reqs: int) -> bool:
@@ -169,11 +227,12 @@ def _split(whole: Phase, decodes: int, decode_tokens: int) -> list[Phase]:
     if decodes in (0, num_reqs):
         phase = DECODE if decodes == num_reqs else PREFILL
         return [replace(whole, batch=replace(whole.batch, phase=phase), plans={})]
-    query_len = decode_tokens // decodes
     bound = whole.seq_lens_cpu
     # The decodes' longest, not the batch's: it sizes their splits.
     longest = whole.batch.max_seq_len if bound is None else int(bound[:decodes].max())
     starts = whole.query_start_loc_cpu
+    # Some may have no token.
+    query_len = int(starts[: decodes + 1].diff().max())
     prefill_starts = starts[decodes:] - starts[decodes]
     prefill_bound = None if bound is None else bound[decodes:]
     decode = Phase(

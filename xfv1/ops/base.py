@@ -67,8 +67,9 @@ class Batch:
 
     uniform: every request has max_query_len tokens. fresh: no request has context, and key and
     value hold all there is to attend to. token_major: the cache can be viewed as
-    [num_blocks * block_size, num_kv_heads, head_size]. lse: the caller wants the LSE too.
-    host_lens: the host knows every request's number of keys.
+    [num_blocks * block_size, num_kv_heads, head_size]. lse: the caller wants the LSE too, to merge
+    this with another part of the keys; a request may have none in this one. host_lens: the host
+    knows every request's number of keys.
     """
 
     phase: str

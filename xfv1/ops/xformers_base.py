@@ -21,8 +21,10 @@ def dtype_reasons(layer: Layer, *dtypes: torch.dtype) -> list[str]:
 
 
 def grouped(call: Call) -> torch.Tensor:
-    """query as xFormers' [1, num_tokens, num_kv_heads, group, head_size]."""
-    query: torch.Tensor = call.query.unflatten(1, (call.layer.num_kv_heads, call.layer.group))
+    """query as xFormers' [1, num_tokens, num_kv_heads, group, head_size], a graph's padding left
+    out: it insists on as many rows as its lengths add up to."""
+    rows = call.query[: int(call.query_start_loc_cpu[-1])]
+    query: torch.Tensor = rows.unflatten(1, (call.layer.num_kv_heads, call.layer.group))
     return query[None]
 
 
@@ -114,5 +116,6 @@ def attend(call: Call, op: Any, key: torch.Tensor, value: torch.Tensor, bias: An
             query, key, value, attn_bias=bias, scale=call.scale, op=op
         )
         # [1, num_kv_heads, group, num_tokens]
-        call.lse.copy_(lse.flatten(0, 2).transpose(0, 1)[: call.lse.shape[0]])
-    call.out.copy_(out[0].flatten(1, 2))
+        rows = query.shape[1]
+        call.lse[:rows] = lse.flatten(0, 2).transpose(0, 1)[:rows]
+    call.out[: query.shape[1]] = out[0].flatten(1, 2)
