@@ -70,6 +70,10 @@ class XFormersAttentionBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
         # Split-K is chosen, and cut, by the host's query lengths.
         return False
@@ -117,6 +121,7 @@ class XFormersAttentionBackend(AttentionBackend):
             kv_dtype=fp8 or dtype,
             block_size=block_size or 16,
             sinks=has_sink,
+            batch_invariant=compat.batch_invariant(),
         )
         refused = dispatch.layer_reasons(layer, _device(device_capability))
         return "; ".join(refused) or None

@@ -128,6 +128,13 @@ def context_group(kv_cache_spec: Any) -> tuple[int, int]:
     return group.world_size, group.rank_in_group
 
 
+def batch_invariant() -> bool:
+    """Whether vLLM wants each answer to be the same bits whatever is computed with it."""
+    from vllm import envs
+
+    return bool(envs.VLLM_BATCH_INVARIANT)
+
+
 def vllm_has_triton() -> bool:
     """Whether vLLM's own Triton kernels run in this process."""
     from vllm.triton_utils import HAS_TRITON

@@ -127,10 +127,12 @@ def order_of(layer: Layer, batch: Batch, device: Device) -> Sequence[str]:
 
 def reasons(layer: Layer, batch: Batch, device: Device) -> dict[str, list[str]]:
     """Every op that may be tried, in order, with why it cannot serve (empty if it can)."""
-    return {
-        name: OPS[name].not_supported_reasons(layer, batch, device)
-        for name in order_of(layer, batch, device)
-    }
+    tried = {}
+    for name in order_of(layer, batch, device):
+        tried[name] = OPS[name].not_supported_reasons(layer, batch, device)
+        if layer.batch_invariant and not OPS[name].batch_invariant:
+            tried[name].append("its bits depend on what else is in the batch")
+    return tried
 
 
 def choose(layer: Layer, batch: Batch, device: Device) -> Op:

@@ -107,6 +107,8 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
             "layers that read another's cache": self.kv_sharing_target_layer_name is not None,
             # Query heads of different ranks then do not lie by KV head.
             f"num_kv_heads={self.num_kv_heads}, only 1": self.num_kv_heads != 1,
+            # What is new in a step is not summed in the order in which the cache's keys are.
+            "batch invariance": compat.batch_invariant(),
             # For vLLM's merge.
             f"head_size={self.head_size}, only powers of two": self.head_size.bit_count() != 1,
             "groups other than of powers of two": size.bit_count() != 1,
@@ -132,6 +134,7 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
                 alibi_sqrt=self.use_alibi_sqrt and self.alibi_slopes is not None,
                 sinks=self.sinks is not None and ranks == 1,
                 causal=causal,
+                batch_invariant=compat.batch_invariant(),
             )
         return self._layers[key]
 

@@ -9,10 +9,6 @@ vLLM finds Triton and Triton interprets.
 import copy
 import dataclasses
 import inspect
-import os
-import re
-import subprocess
-import sys
 import threading
 import types
 from collections.abc import Callable
@@ -28,10 +24,10 @@ from fixtures.inputs import HUGE, NULL_BLOCK, AttnInputs, build_inputs
 from tests.harness import candidate
 from tests.harness.candidate import Driver, Refused, common_metadata, drive, new_output
 from tests.harness.oracle import expected
+from tests.integration.interpreted import passed_in_interpreter
 from xfv1 import compat
 from xfv1.backend import XFormersAttentionBackend
-
-ROOT = Path(__file__).resolve().parents[2]
+from xfv1.impl import XFormersImpl
 
 
 def _case(scenario: str = "mixed_small", dtype: str = "fp32", **choices: Any) -> AttnCase:
@@ -72,20 +68,6 @@ RUNS = [
     for name, (case, ranks, interleave, settings) in CASES.items()
     for ops in settings
 ]
-# vLLM's Triton kernels exist where it sees a driver. Triton's interpreter needs none, and lacks
-# what vLLM reads of a compiled kernel.
-WITH_TRITON = """
-import sys, types, pytest
-from triton import backends
-from triton.runtime.interpreter import InterpretedFunction
-
-driver = types.SimpleNamespace(is_active=lambda: True)
-backends.backends["cpu"] = types.SimpleNamespace(driver=driver)
-InterpretedFunction.constexprs = property(
-    lambda self: [n for n, kind in self.fn.__annotations__.items() if "constexpr" in str(kind)]
-)
-sys.exit(pytest.main(sys.argv[1:]))
-"""
 
 
 class Group:
@@ -402,13 +384,24 @@ def test_what_cannot_be_spread_is_refused_with_the_reason(
         drive(XFormersAttentionBackend, _case().replace(**choices), device)
 
 
-def test_a_group_needs_triton_for_vllms_merge(
-    parallel: Callable[..., Group], monkeypatch: pytest.MonkeyPatch, device: torch.device
+@pytest.mark.parametrize(
+    ("fact", "value", "reason"),
+    [
+        ("vllm_has_triton", False, "no merge without Triton"),
+        ("batch_invariant", True, "no batch invariance"),
+    ],
+)
+def test_where_nothing_can_be_spread_is_said(
+    parallel: Callable[..., Group],
+    monkeypatch: pytest.MonkeyPatch,
+    fact: str,
+    value: bool,
+    reason: str,
 ) -> None:
     parallel(2)
-    monkeypatch.setattr(compat, "vllm_has_triton", lambda: False)
-    with pytest.raises(Refused, match="decode_context_parallel_size=2: no merge without Triton"):
-        drive(XFormersAttentionBackend, _case(), device)
+    monkeypatch.setattr(compat, fact, lambda: value)
+    with pytest.raises(NotImplementedError, match=f"decode_context_parallel_size=2: {reason}"):
+        XFormersImpl(4, 64, 0.125, 1)
 
 
 def test_encoders_have_nothing_to_spread(
@@ -434,17 +427,4 @@ def test_prefill_context_parallelism_is_refused(
 def test_ranks_agree_in_the_interpreter(device: torch.device, tmp_path: Path) -> None:
     if device.type == "cuda":
         pytest.skip("the GPU runs them")
-    own = Path(__file__).relative_to(ROOT).as_posix()
-    options = ["-p", "no:xdist", "-p", "no:cacheprovider", f"--junitxml={tmp_path}/junit.xml"]
-    done = subprocess.run(
-        [sys.executable, "-c", WITH_TRITON, own, "-k", "not interpreter", *options],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None
-    assert int(passed[1]) > len(CASES), done.stdout[-4000:]
+    assert passed_in_interpreter(__file__, tmp_path) > len(CASES)

@@ -22,6 +22,8 @@ How the work is cut:
   several blocks of the cache. Tiles that every row sees in full take a path without any mask.
 * The tiles of a program may be cut over ``num_splits`` programs; each leaves its unnormalised sum,
   max and denominator in the workspace and ``_merge_kernel`` adds them up, in a fixed order.
+* Batch invariant, all of this is fixed: one tiling, no splits, no path without a mask, and the
+  keys in ascending order. A tile that a row does not see leaves its sums as they are, bit for bit.
 
 All shapes of the launch come from tensor shapes and host bounds, never from device values, so a
 launch neither syncs nor breaks CUDA graph capture.
@@ -310,6 +312,7 @@ def _attention_kernel(
     HAS_SOFTCAP: tl.constexpr,
     ALIBI_SQRT: tl.constexpr,
     SPLIT: tl.constexpr,
+    INVARIANT: tl.constexpr,  # every tile takes the path with a mask, in ascending order
 ):
     """Attention of one tile of rows over one split of its keys. Grid: (tiles * KV heads, splits).
 
@@ -371,6 +374,9 @@ def _attention_kernel(
         end = tl.minimum(begin + per_split, end)
     full_begin = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK_N), begin), end)
     full_end = tl.minimum(tl.maximum(tl.maximum(full_hi, 0) // BLOCK_N, full_begin), end)
+    if INVARIANT:
+        full_begin = begin
+        full_end = begin
 
     d1 = tl.arange(0, D1)
     q_ptrs = query_ptr + token * stride_qt + head * stride_qh
@@ -659,6 +665,7 @@ def paged_attention(
     workspace: Workspace | None = None,
     num_splits: int | None = None,
     config: Config | None = None,
+    batch_invariant: bool = False,
 ) -> None:
     """Attention of a ragged batch of queries over a paged KV cache; see the module for the formula.
 
@@ -688,6 +695,8 @@ def paged_attention(
             number of splits.
         num_splits: programs that share the keys of one row tile; None: chosen to fill the GPU.
         config: tiling, in place of ``decode_config`` or ``prefill_config``.
+        batch_invariant: a token's answer is the same bits whatever else is in the batch, and
+            however its request is cut into steps; in place of num_splits and config.
     """
     num_tokens, num_heads, head_size = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
@@ -715,6 +724,9 @@ def paged_attention(
     group = num_heads // num_kv_heads
     window = sliding_window if sliding_window is not None and sliding_window > 0 else 0
     decode = max_query_len == 1 or max_query_len * group <= MAX_DECODE_ROWS
+    if batch_invariant:
+        decode, num_splits = False, 1
+        config = decode_config(head_size, group, query.element_size(), block_size, MAX_DECODE_ROWS)
     if config is None:
         choose = decode_config if decode else prefill_config
         config = choose(head_size, group, query.element_size(), block_size, max_query_len)
@@ -789,6 +801,7 @@ def paged_attention(
         HAS_SOFTCAP=bool(softcap),
         ALIBI_SQRT=alibi_sqrt,
         SPLIT=split,
+        INVARIANT=batch_invariant,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

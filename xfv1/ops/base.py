@@ -37,6 +37,7 @@ class Layer:
 
     dtype: of query, key, value and output. kv_dtype: what the cache stores, a torch float8 dtype
     or the same as dtype. block_size: 0 where there is no cache. causal: decoder attention.
+    batch_invariant: a token's answer must be the same, bit for bit, whatever is run with it.
     """
 
     num_heads: int
@@ -51,6 +52,7 @@ class Layer:
     alibi_sqrt: bool = False
     sinks: bool = False
     causal: bool = True
+    batch_invariant: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -122,10 +124,12 @@ class Op(Protocol):
     """One way to compute attention.
 
     name: what XFV1_OPS calls it. ragged: decodes and prefills are best served in one call.
+    batch_invariant: it can serve layers that ask for that.
     """
 
     name: str
     ragged: bool
+    batch_invariant: bool
 
     def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
         """Why not, in words; empty if it can. Looks at nothing but its arguments and what is

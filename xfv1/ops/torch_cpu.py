@@ -11,6 +11,7 @@ _QUERY_CHUNK = 256
 class TorchCpu:
     name = "torch"
     ragged = True
+    batch_invariant = False
 
     def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
         if device.kind != "cpu":

@@ -11,6 +11,7 @@ class TritonPaged:
     name = "triton"
     # A prefill's tiles leave a decode's keys unsplit: each phase does better alone.
     ragged = False
+    batch_invariant = True
 
     def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
         reasons = []
@@ -58,6 +59,7 @@ class TritonPaged:
             k_scale=call.k_scale if layer.quantized else None,
             v_scale=call.v_scale if layer.quantized else None,
             lse=call.lse,
+            batch_invariant=layer.batch_invariant,
         )
 
 

@@ -25,6 +25,7 @@ def _unavailable(version: int) -> str | None:
 
 class VllmFlashAttention:
     ragged = True
+    batch_invariant = False
 
     def __init__(self, version: int) -> None:
         self.version = version

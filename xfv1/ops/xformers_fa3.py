@@ -13,6 +13,7 @@ from xfv1.ops.xformers_base import attend, dtype_reasons, installed_reasons, pag
 class XFormersFA3:
     name = "xformers_fa3"
     ragged = True
+    batch_invariant = False
 
     def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
         reasons = installed_reasons()

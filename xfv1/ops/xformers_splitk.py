@@ -17,6 +17,7 @@ TILES = (64, 32, 16)
 class XFormersSplitK:
     name = "xformers_splitk"
     ragged = False
+    batch_invariant = False
 
     def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
         reasons = installed_reasons()

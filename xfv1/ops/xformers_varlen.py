@@ -14,6 +14,7 @@ class XFormersVarlen:
     """One of xFormers' ops that takes fresh keys, or keys gathered from the pages."""
 
     ragged = True
+    batch_invariant = False
 
     def __init__(
         self,

@@ -61,6 +61,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "encoder": {"attn_type": "encoder_only"},
     "cross": {"attn_type": "encoder_decoder"},
     "KV connector": {"use_kv_connector": True},
+    "batch invariance": {"use_batch_invariant": True},
 }
 # What it must refuse, where the version asks.
 REFUSED: dict[str, dict[str, Any]] = {
@@ -71,7 +72,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "sparse": {"use_sparse": True},
     "per-head scales": {"use_per_head_quant_scales": True},
     "multimodal prefix": {"use_mm_prefix": True},
-    "batch invariance": {"use_batch_invariant": True},
     "PCP": {"use_pcp": True},
     "adaptive verification": {"use_adaptive_verification": True},
     "R-SWA": {"use_rswa": True},
