@@ -16,14 +16,24 @@ does to them (`reference.lowprec` is one) is a handful of roundings, each with a
 4. A quantized cache may be dequantized to the model's dtype first: u / sqrt(3) relative on each
    element of k and v more.
 5. fp16 has probabilities below its smallest normal: an absolute error of half a subnormal step.
-   GPUs take what lies below float32's smallest normal for zero.
 
 The bound is 6 standard deviations: no matrix run here draws the 1e9 elements it takes to see one
 beyond. All of it is first-order, and a factor above what honest kernels show (see
 tests/meta/test_budget.py, which holds it from both sides).
+
+A small fault in all elements at once hides below what each may be off. It shows in a sum of them,
+<error, w>, whose bound (`Budget.along`) follows from the same roundings. With e the error of one
+query and head, e = sum_j c_j * (v_j - o), or * v_j, the c_j independent, so that <e, w> has the
+variance sum_j var(c_j) * <v_j - o, w>**2; for w one element this is the bound above. But over
+1e5 elements independent errors average out, and what they share stays. So what may have one sign
+everywhere (3: an exponential's bias, a constant of too few digits) counts at its worst, in a sum
+of absolute values; and a cache's dequantization (4), a function of few stored values, as what it
+makes of these very keys and values, twice: the scale may be rounded before the product is.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -32,21 +42,57 @@ from reference.attention import Attended
 SIGMAS = 6.0
 UNIFORM = 3.0**-0.5
 U32 = 2.0**-24
-FLUSHED = torch.finfo(torch.float32).smallest_normal
 # Roundings a float32 dot product, its scaling and an exponential come to, in units of u32.
 LOGIT_ROUNDINGS = 8.0
 TANH_APPROX = 2.0**-11
 
 
+class Spread(NamedTuple):
+    """How far <error, w> of one request may be from 0.
+
+    variance: of what is independent from request to request. drift: bound on what is not.
+    """
+
+    variance: float
+    drift: float
+
+
 @dataclass(frozen=True)
 class Budget:
-    """Bounds on |candidate - truth|.
+    """Bounds on |candidate - truth|, and what they were derived from.
 
     output: [num_queries, num_heads, head_size] float64. lse: [num_queries, num_heads] float64.
+    value: [num_keys, num_kv_heads, head_size] float64, zero where no query sees it.
+    noise: [num_heads, num_queries, num_keys], the variance of a probability's error that is
+        independent of all others. shift: the same shape, bound on a logit's error.
     """
 
     output: torch.Tensor
     lse: torch.Tensor
+    attended: Attended
+    value: torch.Tensor
+    noise: torch.Tensor
+    shift: torch.Tensor
+    dtype: torch.dtype
+
+    def along(self, w: torch.Tensor, dequantized: Iterable[torch.Tensor] = ()) -> Spread:
+        """How far <candidate - truth, w> may be from 0.
+
+        Args:
+            w: [num_queries, num_heads, head_size] float64.
+            dequantized: the outputs of honest kernels that dequantize a part of the cache to the
+                model's dtype, each of w's shape.
+        """
+        p, o = self.attended.probabilities, self.attended.output
+        heads = self.value.shape[1], w.shape[1] // self.value.shape[1]
+        by_key = torch.einsum("qhgd,khd->hgqk", w.unflatten(1, heads), self.value).flatten(0, 1)
+        by_output = (o * w).sum(dim=-1).transpose(0, 1)[..., None]
+        # As above: normalized by the rounded or by the exact sum.
+        probabilities = 2.0 * (self.noise * (by_key.square() + by_output.square())).sum()
+        rounding = (UNIFORM * unit_roundoff(self.dtype) * o * w).square().sum()
+        drift = (p * self.shift * (by_key - by_output).abs()).sum()
+        drift += 2.0 * sum(((other - o) * w).sum().abs() for other in dequantized)
+        return Spread(float(probabilities + rounding), float(drift))
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -90,16 +136,20 @@ def attention_budget(
         query.double().norm(dim=-1),
         k.norm(dim=-1).repeat_interleave(group, dim=1),
     )
-    relative = LOGIT_ROUNDINGS * U32
+    logits = attended.logits.masked_fill(~seen, 0.0).abs()
+    logit_error = LOGIT_ROUNDINGS * U32 * (scale * norms + logits)
+    # An exponential's own error may be a bias too, which is a logit's.
+    shift = logit_error + LOGIT_ROUNDINGS * U32
+    if softcap is not None and dtype != torch.float32:
+        logit_error = logit_error + UNIFORM * TANH_APPROX * logits
+        shift += TANH_APPROX * logits
     if quantized:
         # Independent over head_size elements; a planted query is no larger than three of them.
-        relative += UNIFORM * u * (3.0 / head_size) ** 0.5
-    logit_error = relative * scale * norms
-    logit_error += LOGIT_ROUNDINGS * U32 * attended.logits.masked_fill(~seen, 0.0).abs()
-    if softcap is not None and dtype != torch.float32:
-        logit_error += UNIFORM * TANH_APPROX * attended.logits.masked_fill(~seen, 0.0).abs()
+        logit_error = logit_error + UNIFORM * u * (3.0 / head_size) ** 0.5 * scale * norms
 
-    weight = p.square() * (UNIFORM**2 * u_p**2 + logit_error.square())
+    subnormal = torch.finfo(dtype).smallest_normal * u
+    noise = p.square() * (UNIFORM * u_p) ** 2 + (UNIFORM * subnormal) ** 2 * seen
+    weight = p.square() * ((UNIFORM * u_p) ** 2 + logit_error.square())
     if quantized:
         weight += p.square() * (UNIFORM * u) ** 2
     o = attended.output
@@ -109,11 +159,10 @@ def attention_budget(
 
     largest = v.abs().amax(dim=0).repeat_interleave(group, dim=0)
     count = seen.sum(dim=-1).transpose(0, 1).double()
-    least = max(torch.finfo(dtype).smallest_normal * u, FLUSHED)
-    floor = SIGMAS * least * count.sqrt()[..., None] * (1.0 + largest[None])
+    floor = SIGMAS * subnormal * count.sqrt()[..., None] * (1.0 + largest[None])
     output = SIGMAS * variance.sqrt() + 1.01 * u * o.abs() + floor
 
     lse_error = SIGMAS * (p * logit_error).sum(dim=-1).transpose(0, 1)
     finite = attended.lse.masked_fill(attended.lse == float("-inf"), 0.0)
     lse = lse_error + 2 * LOGIT_ROUNDINGS * U32 * (1.0 + finite.abs())
-    return Budget(output, lse)
+    return Budget(output, lse, attended, v, noise, shift, dtype)

@@ -6,7 +6,7 @@ import torch
 
 from fixtures.inputs import BATCH_TENSORS, AttnInputs
 from tests.harness.candidate import UNTOUCHED, Mismatch, Outcome, bits
-from tests.harness.oracle import Expected, expected
+from tests.harness.oracle import SCALE_FAULT, Expected, expected
 from tests.harness.report import Recorder
 
 __all__ = [
@@ -33,10 +33,11 @@ class Verdict:
 
 
 def check_output(inputs: AttnInputs, outcome: Outcome, expected: Expected) -> Verdict:
-    """Every (token, head, dim) of the output within its budget.
+    """Every (token, head, dim) of the output within its budget, and so their sum along what a
+    wrong softmax scale would do: a percent of it moves no element by more than bf16 rounds.
 
     Raises:
-        Mismatch: with the worst element, both values and the budget.
+        Mismatch: with the worst element, both values and the budget, or with the scale.
     """
     got = outcome.output[: inputs.case.num_tokens].double()
     error = (got - expected.output).abs()
@@ -49,7 +50,16 @@ def check_output(inputs: AttnInputs, outcome: Outcome, expected: Expected) -> Ve
         raise Mismatch("nothing was compared")
     if worst > LIMIT:
         raise Mismatch(_describe(inputs, share, got, expected))
-    return Verdict(share.numel(), worst)
+    along = expected.scale_share(got)
+    if along > LIMIT:
+        off = expected.scale_error(got)
+        raise Mismatch(
+            f"each element is within its budget, yet all together they are those of a softmax scale"
+            f" about {1 + off * (SCALE_FAULT - 1):.4g} times the right one\n"
+            f"  projected on what a factor of {SCALE_FAULT} does, the error is {off!r} of that\n"
+            f"  budget    {expected.scale_budget!r}: what rounding explains"
+        )
+    return Verdict(share.numel(), max(worst, along))
 
 
 def _describe(

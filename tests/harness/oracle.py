@@ -10,7 +10,10 @@ from fixtures.cases import AttnCase
 from fixtures.inputs import TORCH_DTYPES, AttnInputs
 from fixtures.tables import work
 from reference import attend, gather_kv, write_kv
-from tests.harness.budget import attention_budget
+from tests.harness.budget import SIGMAS, attention_budget
+
+# A softmax scale wrong by one percent: a head size rounded up, a log2(e) of too few digits.
+SCALE_FAULT = 1.01
 
 # Multiplications that take one core a tenth of a second, as float64 and all that goes with them.
 HOST_WORK = 2e8
@@ -21,6 +24,10 @@ class Expected:
     """output, budget: [num_tokens, num_heads, head_size]; lse, lse_budget: [num_tokens, num_heads].
 
     All float64. storage: what the cache's storage must hold afterwards, bit for bit.
+    along_scale: [num_tokens, num_heads, head_size], the direction w in which <error, w> best tells
+        a wrong softmax scale: 1 where it is SCALE_FAULT times the right one, 0 for the truth.
+        All zero where the scale is without effect.
+    scale_budget: what an honest kernel's |<error, w>| may be.
     """
 
     output: torch.Tensor
@@ -28,6 +35,23 @@ class Expected:
     lse: torch.Tensor
     lse_budget: torch.Tensor
     storage: torch.Tensor
+    along_scale: torch.Tensor
+    scale_budget: float
+
+    def scale_error(self, output: torch.Tensor) -> float:
+        """<error, w> of a candidate's [num_tokens, num_heads, head_size]."""
+        return float(((output.double() - self.output) * self.along_scale).sum())
+
+    def scale_share(self, output: torch.Tensor) -> float:
+        """Its size in its budget."""
+        off = abs(self.scale_error(output))
+        return off / self.scale_budget if off else 0.0
+
+    @property
+    def tells_scale(self) -> bool:
+        """Whether a scale off by SCALE_FAULT, either way, is sure to leave the budget: an honest
+        error may take away as much as the budget allows."""
+        return 0.0 < self.scale_budget < 0.5
 
 
 @dataclass(frozen=True)
@@ -105,31 +129,45 @@ def expected(inputs: AttnInputs, query: torch.Tensor | None = None) -> Expected:
         query: in place of the inputs' own, for a candidate whose layer quantizes it first.
     """
     case = inputs.case
+    dtype = TORCH_DTYPES[case.dtype]
     cache, storage = written_cache(inputs)
+    arguments = semantics(inputs)
     shape = (case.num_tokens, case.num_heads)
-    zeros = torch.zeros(*shape, dtype=torch.float64, device=inputs.query.device)
-    result = Expected(
-        output=zeros[..., None].repeat(1, 1, case.head_size),
-        budget=zeros[..., None].repeat(1, 1, case.head_size),
-        lse=zeros.clone(),
-        lse_budget=zeros.clone(),
-        storage=storage,
+    lse, lse_budget = inputs.query.new_zeros(2, *shape, dtype=torch.float64)
+    output, bound, along_scale = inputs.query.new_zeros(
+        3, *shape, case.head_size, dtype=torch.float64
     )
+    variance = drift = step = 0.0
     for request in requests(inputs, cache):
         rows = request.query if query is None else query[request.rows]
-        attended = attend(rows, request.key, request.value, **semantics(inputs))
+        kv = request.key, request.value
+        attended = attend(rows, *kv, **arguments)
         budget = attention_budget(
             attended,
             rows,
-            request.key,
-            request.value,
+            *kv,
             scale=inputs.scale,
-            dtype=TORCH_DTYPES[case.dtype],
+            dtype=dtype,
             softcap=case.softcap,
             quantized=case.kv_dtype != "auto",
         )
-        result.output[request.rows] = attended.output
-        result.lse[request.rows] = attended.lse
-        result.budget[request.rows] = budget.output
-        result.lse_budget[request.rows] = budget.lse
-    return result
+        output[request.rows], bound[request.rows] = attended.output, budget.output
+        lse[request.rows], lse_budget[request.rows] = attended.lse, budget.lse
+
+        scaled = attend(rows, *kv, **arguments | {"scale": SCALE_FAULT * inputs.scale})
+        moved = scaled.output - attended.output
+        # A matched filter: each element counts by how far it moves and how well it is known.
+        w = torch.where(budget.output > 0, moved / budget.output.square(), 0.0)
+        dequantized = []
+        if case.kv_dtype != "auto":
+            key, value = (part.to(dtype) for part in kv)
+            dequantized = [(key, request.value), (request.key, value)]
+        spread = budget.along(w, [attend(rows, *kv, **arguments).output for kv in dequantized])
+        along_scale[request.rows] = w
+        step += float((moved * w).sum())
+        variance += spread.variance
+        drift += spread.drift
+    scale_budget = SIGMAS * variance**0.5 + drift
+    if step:
+        along_scale, scale_budget = along_scale / step, scale_budget / step
+    return Expected(output, bound, lse, lse_budget, storage, along_scale, scale_budget)

@@ -1,14 +1,13 @@
 """Wrong answers that a backend could give: what each would put into the output of a case.
 
 A case is worth running only if the faults it is meant for would leave the budget. `distinguishes`
-says by how much each would, `projection` whether a small but systematic one is there when no
-single element could tell. Both need the reference alone, no candidate.
+says by how much each would. It needs the reference alone, no candidate.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -16,19 +15,21 @@ from fixtures.cases import AttnCase
 from fixtures.inputs import AttnInputs
 from reference import attend, visible
 from reference.lowprec import attend_lowprec
-from tests.harness.budget import SIGMAS
-from tests.harness.oracle import Expected, Request, requests, semantics, written_cache
+from tests.harness.oracle import (
+    SCALE_FAULT,
+    Expected,
+    Request,
+    requests,
+    semantics,
+    written_cache,
+)
 
 Arguments = dict[str, Any]
 Answer = Callable[[AttnInputs, Request, Arguments], torch.Tensor]
 Hidden = Callable[[AttnCase], str | None]
 
-# A softmax scale wrong by one percent: a head size rounded up, a log2(e) of too few digits.
-SCALE_FAULT = 1.01
 # How many budgets away a wrong answer must be: an honest error may hide one, and this leaves two.
 SEVERAL = 3.0
-# Midway between the truth, at 0, and a fault, at 1.
-NEARER = 0.5
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def request_with(request: Request, key: torch.Tensor, value: torch.Tensor) -> Re
 def distinguishes(
     inputs: AttnInputs, expected: Expected, names: Iterable[str] | None = None
 ) -> dict[str, float]:
-    """By fault, the largest |wrong - truth| / budget of any element: above 1, a test would fail.
+    """By fault, the largest |wrong - truth| / budget of any element, or of the sum along the
+    softmax scale: above 1, a test would fail.
 
     Infinite where numbers do not reach SEVERAL and the fault reads poison. The key just before a
     window may lie in a block that was freed, and then is no number.
@@ -87,64 +89,23 @@ def distinguishes(
     for name in PERTURBATIONS if names is None else names:
         fault = PERTURBATIONS[name]
         if fault.applies(inputs.case):
-            share = worst_share(fault.output(inputs), expected.output, expected.budget)
+            share = output_share(fault.output(inputs), expected)
             if share < SEVERAL:
-                wrong = fault.output(inputs, poison=True)
-                share = worst_share(wrong, expected.output, expected.budget)
+                share = output_share(fault.output(inputs, poison=True), expected)
             shares[name] = share
     return shares
+
+
+def output_share(output: torch.Tensor, expected: Expected) -> float:
+    """The larger of an output's two shares of its budget: any element's, and along the scale."""
+    elements = worst_share(output, expected.output, expected.budget)
+    return max(elements, expected.scale_share(output))
 
 
 def worst_share(output: torch.Tensor, truth: torch.Tensor, budget: torch.Tensor) -> float:
     """The largest |output - truth| / budget; NaN and infinity are infinitely far from a number."""
     error = (output.double() - truth).abs().nan_to_num(math.inf, posinf=math.inf)
     return float(torch.where(error > 0, error / budget, 0.0).max())
-
-
-class Projection(NamedTuple):
-    """How much of a fault an output holds.
-
-    alpha: 0 for the truth, 1 for the fault. deviation: an honest kernel's standard deviation of
-    alpha, at most.
-    """
-
-    alpha: float
-    deviation: float
-
-    @property
-    def present(self) -> bool:
-        """Whether the output is nearer to the fault than to the truth."""
-        return self.alpha > NEARER
-
-    @property
-    def decisive(self) -> bool:
-        """Whether an honest output stays nearer to the truth by the budget's own margin."""
-        return SIGMAS * self.deviation < NEARER
-
-
-def projection(
-    inputs: AttnInputs, expected: Expected, output: torch.Tensor, name: str
-) -> Projection:
-    """The matched filter: an output's error projected on what a fault would make of it.
-
-    With delta the fault's change of the output and err the output's error, both divided by the
-    budget: ``alpha = <err, delta> / <delta, delta>``. The budget is SIGMAS standard deviations of
-    an honest element, so were all elements independent, alpha's would be
-    ``1 / (SIGMAS * |delta|)``. The head_size elements of one output vector are not: they share
-    their probabilities' rounding. At worst all err together, which is sqrt(head_size) times more,
-    and that is the deviation given.
-
-    Args:
-        output: [num_tokens or more, num_heads, head_size], the candidate's.
-        name: the fault, of `PERTURBATIONS`; it must change the output.
-    """
-    inside = expected.budget > 0
-    budget = expected.budget[inside]
-    error = (output[: len(expected.output)].double() - expected.output)[inside] / budget
-    delta = (PERTURBATIONS[name].output(inputs) - expected.output)[inside] / budget
-    alpha = float(error @ delta / (delta @ delta))
-    deviation = math.sqrt(inputs.case.head_size) / (SIGMAS * float(delta.norm()))
-    return Projection(alpha, deviation)
 
 
 def honest(inputs: AttnInputs, **changes: Any) -> torch.Tensor:

@@ -4,25 +4,27 @@ The other side, that honest kernels stay inside, is tests/oracle/test_lowprec.py
 """
 
 import functools
+import re
 from typing import Any
 
 import pytest
 import torch
 
-from fixtures.cases import AttnCase, CaseError
+from fixtures.cases import DTYPES, AttnCase, CaseError
 from fixtures.inputs import AttnInputs, build_inputs
 from fixtures.scenarios import SCENARIOS
+from tests.harness.candidate import Mismatch, Outcome
+from tests.harness.compare import check_output
 from tests.harness.oracle import Expected, expected
 from tests.harness.perturb import (
     PERTURBATIONS,
-    SCALE_FAULT,
     SEVERAL,
     Perturbation,
     attend_request,
     blurred,
     distinguishes,
     honest,
-    projection,
+    output_share,
     worst_share,
 )
 
@@ -35,7 +37,10 @@ WINDOW = ("window_ignored", "window_plus_one", "window_minus_one")
 SCALES = ("k_scale_dropped", "v_scale_dropped", "kv_scales_swapped")
 # By feature: the case's fields, and the faults that it is there to catch.
 FEATURES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "plain": ({}, ("kv_heads_swapped", "newest_lost", "look_ahead", "made_causal")),
+    "plain": (
+        {},
+        ("kv_heads_swapped", "newest_lost", "look_ahead", "made_causal", "scale_one_percent"),
+    ),
     "sliding_window1": ({"sliding_window": 1}, WINDOW),
     "sliding_window17": ({"sliding_window": 17}, WINDOW),
     "sliding_window61": ({"sliding_window": 61}, WINDOW),
@@ -47,9 +52,6 @@ FEATURES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "extreme": ({"logits": "extreme"}, ("kv_heads_swapped",)),
     "extreme_softcap": ({"logits": "extreme", "softcap": 30.0}, ("softcap_dropped",)),
 }
-# A fault that in bf16 only the sum over all elements tells; of few elements not even that.
-SUMMED = "scale_one_percent"
-SUMMED_SHAPE: dict[str, Any] = SHAPE | {"num_heads": 8, "head_size": 32}
 
 
 def _case(scenario: str, **fields: Any) -> AttnCase:
@@ -94,20 +96,50 @@ def test_a_features_faults_leave_the_budget(scenario: str, feature: str) -> None
         assert not weak, f"{case.id} cannot tell {weak}"
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_scale_off_by_a_percent_shows_in_the_sum(scenario: str) -> None:
-    """alpha is about 0 for an honest kernel and about 1 for one that scales by 1.01."""
-    case = _case(scenario, **SUMMED_SHAPE)
-    fault = PERTURBATIONS[SUMMED]
-    if why := fault.hidden(case):
-        assert scenario == "single_token", why
-        return
+# By feature; fp8 is where a kernel's own rounding is most like another scale.
+SCALED = ("plain", "sliding_window17", "softcap", "alibi", "alibi_sqrt", "sinks", "fp8_e4m3")
+
+
+@pytest.mark.parametrize("factor", [0.99, 1.01])
+@pytest.mark.parametrize("feature", SCALED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_scale_off_by_a_percent_fails_in_every_dtype(
+    dtype: str, feature: str, factor: float
+) -> None:
+    """As rounded as an honest kernel's; where it is right, all is far within budget."""
+    case = _case("mixed_spec", **{**FEATURES[feature][0], "dtype": dtype, "head_size": 64})
     inputs, truth = _truth(case)
-    right = projection(inputs, truth, honest(inputs), fault.name)
-    wrong = projection(inputs, truth, honest(inputs, scale=inputs.scale * SCALE_FAULT), fault.name)
-    assert right.decisive, f"{case.id}: {right}"
-    assert not right.present, f"{case.id}: {right}"
-    assert wrong.present, f"{case.id}: {wrong}"
+    assert truth.tells_scale
+    assert truth.scale_share(honest(inputs)) < 0.6
+    wrong = honest(inputs, scale=inputs.scale * factor)
+    with pytest.raises(Mismatch) as caught:
+        check_output(inputs, Outcome(wrong, truth.storage), truth)
+    # float32 shows it in single elements already.
+    if found := re.search(r"softmax scale about ([\d.]+) times the right one", str(caught.value)):
+        assert float(found[1]) == pytest.approx(factor, abs=0.003)
+        assert f"budget    {truth.scale_budget!r}" in str(caught.value)
+    assert bool(found) == (worst_share(wrong, truth.output, truth.budget) <= 1)
+
+
+@pytest.mark.parametrize("scenario", ["mixed_spec", "deep_decode", "large_prefill"])
+def test_a_scale_as_exact_as_float32_is_within_budget(scenario: str) -> None:
+    """A factor of log2(e) that is off in its last bit is so in all elements alike."""
+    case = _case(scenario, dtype="fp32")
+    inputs, truth = _truth(case)
+    wrong = honest(inputs, scale=inputs.scale * (1 + 2.0**-22))
+    assert output_share(wrong, truth) < 0.9
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_case_that_tells_the_scale_catches_it(scenario: str) -> None:
+    """And a case that does not is one in which the scale hardly matters."""
+    case = _case(scenario)
+    inputs, truth = _truth(case)
+    assert truth.tells_scale == PERTURBATIONS["scale_one_percent"].applies(case)
+    assert output_share(honest(inputs), truth) < 0.9
+    for factor in (0.99, 1.01):
+        wrong = honest(inputs, scale=inputs.scale * factor)
+        assert not truth.tells_scale or truth.scale_share(wrong) > 1
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -122,8 +154,7 @@ def test_faults_leave_the_budget_of_every_dtype(feature: str, dtype: str, kv_dty
         # What dequantizing rounds would decide the output: no such case.
         shape["kv_dtype"] = "auto"
     case = _case("mixed_spec", **{**shape, **FEATURES[feature][0]})
-    names = [name for name in PERTURBATIONS if name != SUMMED]
-    shares = distinguishes(*_truth(case), names)
+    shares = distinguishes(*_truth(case))
     assert shares or blurred(case)
     assert all(share >= SEVERAL for share in shares.values()), f"{case.id} cannot tell {shares}"
 
@@ -163,7 +194,7 @@ def test_a_fault_said_not_to_show_is_inside_the_budget(name: str, fields: dict[s
 
 
 def test_every_fault_is_some_features() -> None:
-    listed = {name for _, faults in FEATURES.values() for name in faults} | {SUMMED}
+    listed = {name for _, faults in FEATURES.values() for name in faults}
     assert listed == set(PERTURBATIONS)
 
 

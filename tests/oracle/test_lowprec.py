@@ -64,8 +64,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def _shares(name: str, dtype: str) -> tuple[float, float]:
-    """The worst shares of the output's and of the lse's budget."""
+def _shares(name: str, dtype: str) -> tuple[float, float, float]:
+    """The worst shares of the output's, the lse's, and the summed error's budget."""
     case = AttnCase(**{"dtype": dtype, **CASES[name]})
     inputs = build_inputs(case)
     truth = expected(inputs)
@@ -78,21 +78,24 @@ def _shares(name: str, dtype: str) -> tuple[float, float]:
     return (
         worst_share(output, truth.output, truth.budget),
         worst_share(lse, truth.lse, truth.lse_budget),
+        truth.scale_share(output),
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_an_honest_kernel_is_inside_the_budget(name: str, dtype: str) -> None:
-    output, lse = _shares(name, dtype)
+    output, lse, scale = _shares(name, dtype)
     assert output < 1
     assert lse < 1
+    assert scale < 0.6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_budget_is_no_looser_than_it_need_be(dtype: str) -> None:
-    """The worst of all honest elements uses a fair part of its budget."""
+    """The worst of all honest elements uses a fair part of its budget, and so does their sum."""
     assert max(_shares(name, dtype)[0] for name in CASES) > FLOOR[dtype]
+    assert max(_shares(name, dtype)[2] for name in CASES) > FLOOR[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
