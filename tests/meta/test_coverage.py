@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import math
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fixtures.axes import MODEL, Axis, Constraint, Model, Value
+from fixtures.cases import KV_LAYOUTS, AttnCase
 from fixtures.covering import (
     DATA,
     STRENGTHS,
@@ -20,8 +23,9 @@ from fixtures.covering import (
     possible_combinations,
     violated,
 )
-from fixtures.generate import extended, generate, still_valid, write
+from fixtures.generate import MOST, effective, extended, generate, still_valid, write
 from fixtures.scenarios import SCENARIOS
+from tests.harness.perturb import PERTURBATIONS
 
 PLAIN: Row = {axis.name: axis.choices[0] for axis in MODEL.axes}
 
@@ -50,6 +54,79 @@ def test_every_combination_is_in_a_row(tier: str) -> None:
     found = coverage(covering_rows(tier), STRENGTHS[tier])
     assert found.uncovered == ()
     assert found.covered == found.valid > 0
+
+
+def test_every_two_values_are_in_a_row_where_both_have_an_effect() -> None:
+    found = coverage(covering_rows("cpu"), 2, effective=True)
+    assert found.uncovered == ()
+    assert found.covered == found.valid > 0
+
+
+def test_nearly_every_three_values_are_in_a_row_where_all_have_an_effect() -> None:
+    """All of them would take a tenth more rows, each for one batch, head size and layout."""
+    found = coverage(covering_rows("gpu"), 3, effective=True)
+    assert found.covered > 0.995 * found.valid
+    assert len(covering_rows("gpu")) <= MOST["gpu"]
+
+
+def test_two_values_that_never_both_have_an_effect_are_these() -> None:
+    """Decodes and single tokens have nothing ahead, one key has all the weight, one KV head has no
+    order."""
+    possible, able = (possible_combinations(MODEL, 2, only) for only in (False, True))
+    found = set()
+    for axes in possible:
+        for at in np.argwhere(possible[axes] & ~able[axes]):
+            one, other = (MODEL.axes[a].choices[i] for a, i in zip(axes, at, strict=True))
+            found.add((one, other))
+    windows = ("1", "block-1", "block", "block+1", "37")
+    decodes = ("edge_decode", "decode33", "deep_decode", "single_token")
+    layouts = ("LBHNC", "BLHNC", "BHLNC", "LHBNC")
+    assert found == {
+        *product(["single_token"], windows),
+        *product(["single_token", "1"], [True]),
+        *product([*decodes, "1"], ["noncausal"]),
+        *product(["8/1", "32/1", "64/1"], layouts),
+    }
+
+
+# By axis, the fault that a value without effect cannot be told from.
+FAULTS = {
+    "window": "window_ignored",
+    "softcap": "softcap_dropped",
+    "alibi": "alibi_shifted",
+    "attention": "made_causal",
+}
+
+
+@pytest.mark.parametrize("effect", MODEL.effects, ids=lambda effect: effect.name)
+def test_a_value_has_an_effect_where_its_fault_shows(effect: Constraint) -> None:
+    """Of every row: what says whether a fault changes the output says the same of the value."""
+    axis = effect.axes[0]
+    shown = set()
+    for row in covering_rows("gpu"):
+        case = case_of(row)
+        shows = effect.allows(*(row[name] for name in effect.axes))
+        if axis == "kv_layout":
+            assert shows == (_places(case) not in _others(case)), row
+        elif row[axis] not in (PLAIN[axis], "beyond", "encoder", "cross"):
+            assert shows == PERTURBATIONS[FAULTS[axis]].applies(case), row
+        else:
+            assert shows
+        shown.add(shows)
+    assert shown == {False, True}
+
+
+def _places(case: AttnCase) -> tuple[int, ...]:
+    """How far apart in memory two neighbours along each axis lie, where the axis has two."""
+    sizes = {"L": 2, "B": 3, "H": case.num_kv_heads, "N": case.block_size, "C": 2 * case.head_size}
+    inner = {axis: case.kv_layout[at + 1 :] for at, axis in enumerate(case.kv_layout)}
+    return tuple(math.prod(sizes[a] for a in inner[x]) if sizes[x] > 1 else 0 for x in "LBHNC")
+
+
+def _others(case: AttnCase) -> set[tuple[int, ...]]:
+    """The same of the layouts that come before the case's own."""
+    before = KV_LAYOUTS[: KV_LAYOUTS.index(case.kv_layout)]
+    return {_places(case.replace(kv_layout=layout)) for layout in before}
 
 
 def test_every_row_is_a_case_of_its_own() -> None:
@@ -111,6 +188,22 @@ def test_windows_and_padding_become_numbers() -> None:
 
 
 # What counts them.
+
+
+def test_a_combination_counts_where_each_of_its_values_has_an_effect() -> None:
+    """b1 has one beside c0 alone, and a matters to nobody."""
+    model = _model(2, 2, 2)
+    only_c0 = Constraint("b", ("b", "c"), lambda b, c: (b, c) != ("b1", "c1"), "made up")
+    model = dataclasses.replace(model, constraints=(), effects=(only_c0,))
+    rows: list[Row] = [{"a": "a0", "b": "b1", "c": "c1"}]
+    assert coverage(rows, 2, model).covered == 3
+    found = coverage(rows, 2, model, effective=True)
+    # Not (b1, c1), which nobody counts, nor (a0, b1), which another row could have; but (a0, c1).
+    assert (found.covered, found.valid) == (1, 3 * 4 - 1)
+    assert {"a": "a0", "b": "b1"} in list(found.uncovered)
+    rows = effective(rows, 2, model)
+    assert coverage(rows, 2, model, effective=True).uncovered == ()
+    assert len(effective(rows[:1], 2, model, most=2)) == 2
 
 
 @pytest.mark.parametrize("strength", [1, 2, 3, 4])
@@ -179,7 +272,7 @@ def test_a_row_that_is_none_is_refused() -> None:
 def test_a_line_says_what_ran() -> None:
     ids = [case.id for case in covering_cases("cpu")]
     assert coverage_line("cpu") == coverage_line("cpu", ids)
-    assert "(100 %)" in coverage_line("cpu", ids)
+    assert coverage_line("cpu", ids).count("(100 %)") == 2
     assert f"{len(ids) - 1} cases" in coverage_line("cpu", ids[1:])
     assert "(100 %)" not in coverage_line("cpu", ids[1:])
 
