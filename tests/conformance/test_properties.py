@@ -1,6 +1,7 @@
 """Does it all hold for cases that nobody thought of? Hypothesis draws them and shrinks a failure.
 
-HYPOTHESIS_PROFILE=nightly or soak draws more, see `fixtures.strategies`.
+HYPOTHESIS_PROFILE=nightly, weekly or soak draws more, see `fixtures.strategies`. A drawn case that
+fails as the ledger says its like do is known; one that passes all the same says nothing of others.
 """
 
 from typing import Any
@@ -13,8 +14,10 @@ from fixtures.cases import AttnCase
 from fixtures.inputs import build_inputs
 from fixtures.strategies import attn_cases, profile
 from fixtures.tables import TIERS
+from tests.conformance import test_cache, test_output
 from tests.harness.candidate import Refused, drive
 from tests.harness.compare import check_cache, check_output, check_padding
+from tests.harness.ledger import Known
 from tests.harness.oracle import expected, reference_device
 from tests.harness.report import record_drawn
 
@@ -24,20 +27,31 @@ pytestmark = [getattr(pytest.mark, tier) for tier in TIERS]
 @profile()
 @given(drawn=attn_cases())
 def test_any_case_matches_the_reference(
-    drawn: AttnCase, candidate: type[Any], device: torch.device, request: pytest.FixtureRequest
+    drawn: AttnCase,
+    candidate: type[Any],
+    device: torch.device,
+    known_failures: list[Known],
+    request: pytest.FixtureRequest,
 ) -> None:
     """Output within its budget, padding and all of the cache but the new tokens untouched."""
     inputs = build_inputs(drawn, reference_device(drawn, device))
+    # The test that asks the same of a case of the tables: an entry of the ledger names that.
+    asked = test_output.test_output_matches_reference.__name__
     try:
         outcome = drive(candidate, drawn, device).run(inputs)
         truth = expected(inputs, outcome.query)
         verdict = check_output(inputs, outcome, truth)
         check_padding(inputs, outcome)
+        asked = test_cache.test_cache_holds_new_tokens_and_nothing_else_changes.__name__
         check_cache(inputs, outcome, truth.storage)
     except Refused as refusal:
         event(f"refused: {refusal}")
         record_drawn(request.node, refused=1)
     except Exception as error:
+        if known := next((k for k in known_failures if k.matches(asked, drawn.id)), None):
+            event(f"known: {known.reason}")
+            record_drawn(request.node, known=known.reason)
+            return
         error.add_note(f"as a row: {drawn.row()}\nrerun with: --case={drawn.id}")
         record_drawn(request.node, failed=drawn.id)
         raise

@@ -80,17 +80,20 @@ def record_drawn(
     elements: int = 0,
     share: float | None = None,
     refused: int = 0,
+    known: str = "",
     failed: str = "",
 ) -> None:
     """Adds one case that a test drew itself to what the test reports, in one user property.
 
     Args:
         refused: 1 if the candidate refused it.
+        known: the ledger's reason, if it fails as is known.
         failed: the case's id, if the test fails by it.
     """
     found = [value for name, value in node.user_properties if name == PROPERTY]
     if not found:
-        found.append({"elements": 0, "share": None, "drawn": 0, "refused": 0, "failed": ""})
+        counts: dict[str, Any] = {"drawn": 0, "refused": 0, "known": 0}
+        found.append({"elements": 0, "share": None, "reason": "", "failed": "", **counts})
         node.user_properties.append((PROPERTY, found[0]))
     total = found[0]
     assert isinstance(total, dict)
@@ -98,6 +101,8 @@ def record_drawn(
     total["share"] = max((s for s in (total["share"], share) if s is not None), default=None)
     total["drawn"] += 1
     total["refused"] += refused
+    total["known"] += bool(known)
+    total["reason"] = known or total["reason"]
     # Hypothesis ends with the least case that fails.
     total["failed"] = failed or total["failed"]
 
@@ -142,8 +147,11 @@ class ReportPlugin:
                 shares = [s for s in (measured["share"], value["share"]) if s is not None]
                 measured["share"] = max(shares) if shares else None
                 case = case or value.get("failed", "")
-                if value.get("refused"):
-                    reason = reason or f"refused {value['refused']} of {value['drawn']} drawn"
+                if "drawn" in value:
+                    counts = (f"{value[s]} {s}" for s in ("refused", "known") if value[s])
+                    reason = reason or ", ".join([f"{value['drawn']} drawn", *counts])
+                    if value["known"] and status == "passed":
+                        status, reason = "known", f"{reason}: {value['reason']}"
         self.results.append(
             Result(
                 test=test,
@@ -169,7 +177,8 @@ class ReportPlugin:
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if not self.results or session.config.option.collectonly:
             return
-        if sum(result.elements for result in self.results) == 0:
+        # A failure, known or not, has been compared with what is right.
+        if not any(r.elements or r.status in ("known", "failed") for r in self.results):
             self.problems.append("nothing was compared: every case was refused or none was run")
         if self.problems and exitstatus in (0, 5):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -214,10 +223,10 @@ class ReportPlugin:
         terminalreporter.section(f"candidate {self.config.getoption('--candidate')}")
         for line in table(self.results):
             write(line)
-        for reason, count in Counter(
-            result.reason for result in self.results if result.status == "refused"
-        ).most_common():
-            write(f"refused {count}: {reason}")
+        for status in ("refused", "known"):
+            reasons = Counter(r.reason for r in self.results if r.status == status)
+            for reason, count in reasons.most_common():
+                write(f"{status} {count}: {reason}")
         failed = [result for result in self.results if result.status == "failed"]
         again = [f"--case={r.case}" if r.case else f"-k {r.test}" for r in failed]
         # Each case once, whichever of its tests fail.

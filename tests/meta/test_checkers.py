@@ -462,5 +462,5 @@ def test_a_profile_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         assert profile().max_examples == examples
         assert profile().derandomize == (name == "ci")
     monkeypatch.setenv("HYPOTHESIS_PROFILE", "fast")
-    with pytest.raises(ValueError, match="'fast': expected one of ci, nightly, soak"):
+    with pytest.raises(ValueError, match="'fast': expected one of ci, nightly, weekly, soak"):
         profile()
