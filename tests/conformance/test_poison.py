@@ -34,7 +34,8 @@ def test_nan_in_the_last_blocks_tail_does_not_leak(
 def test_table_entries_past_the_last_block_are_not_followed(
     driver: Driver, case: AttnCase, record: Recorder
 ) -> None:
-    """Ids past the cache's end in the table's padding; there lies NaN, inside the storage."""
+    """Ids past the cache's end in the table's padding, and in the rows and columns around it;
+    there lies NaN, inside the storage."""
     _check_poisoned(driver, case, Poison.OUT_OF_RANGE, record)
 
 

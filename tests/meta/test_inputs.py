@@ -16,6 +16,7 @@ from fixtures.inputs import (
     LAYERS,
     NULL_BLOCK,
     SPARE_BLOCKS,
+    TABLE_GUARD,
     TORCH_DTYPES,
     V_SCALE,
     AttnInputs,
@@ -322,6 +323,22 @@ def test_entries_past_a_requests_last_block_are_stale(name: str, poison: Poison)
         else:
             assert ((stale >= blocks - SPARE_BLOCKS) & (stale < blocks)).all()
     assert (inputs.block_table[len(case.seq_lens) :] == NULL_BLOCK).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_out_of_range_table_lies_amid_ids_past_the_cache(name: str) -> None:
+    """Rows and columns before and after its own; any other table is all of its memory."""
+    inputs = build_inputs(_case(name), poison=Poison.OUT_OF_RANGE)
+    table, blocks = inputs.block_table, inputs.cache.shape[0]
+    rows, width = (size + 2 * TABLE_GUARD for size in table.shape)
+    assert table.untyped_storage().nbytes() == 4 * rows * width
+    around = table.as_strided((rows, width), (width, 1), 0).clone()
+    own = around[TABLE_GUARD:-TABLE_GUARD, TABLE_GUARD:-TABLE_GUARD]
+    assert torch.equal(own, table)
+    own.fill_(blocks)
+    assert ((around >= blocks) & (around < blocks + GUARD_BLOCKS)).all()
+    plain = build_inputs(_case(name)).block_table
+    assert plain.untyped_storage().nbytes() == 4 * plain.numel()
 
 
 @pytest.mark.parametrize("name", CASES)
