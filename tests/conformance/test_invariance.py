@@ -25,6 +25,8 @@ from tests.harness.compare import (
 from tests.harness.oracle import expected
 from tests.harness.report import Recorder
 
+RUNS = 1000
+
 
 def _same_bits(case: AttnCase, one: torch.Tensor, other: torch.Tensor, what: str) -> int:
     rows = case.num_tokens
@@ -44,6 +46,18 @@ def test_same_run_twice_is_the_same_bit_for_bit(
 ) -> None:
     one, other = driver.run(inputs), driver.run(inputs)
     record(elements=_same_bits(inputs.case, one.output, other.output, "two runs of one batch"))
+
+
+def test_a_thousand_runs_are_the_same_bit_for_bit(
+    driver: Driver, inputs: AttnInputs, record: Recorder
+) -> None:
+    """What two runs seldom show: sums in whichever order the parts happen to finish."""
+    first = driver.run(inputs).output
+    elements = 0
+    for number in range(2, RUNS + 1):
+        what = f"runs 1 and {number} of one batch"
+        elements += _same_bits(inputs.case, first, driver.run(inputs).output, what)
+    record(elements=elements)
 
 
 def test_output_does_not_depend_on_where_blocks_lie(
@@ -132,6 +146,15 @@ def _refill(static: AttnInputs, batch: AttnInputs, output: torch.Tensor) -> None
     bits(output).fill_(0)
 
 
+def _mixed(case: AttnCase) -> bool:
+    """Mixed batches, without features and with most; a CPU takes seconds."""
+    return case in (
+        AttnCase(scenario="mixed_small"),
+        AttnCase(scenario="mixed_small", dtype="bf16"),
+        AttnCase(scenario="mixed_fresh", sliding_window=13),
+    )
+
+
 def _several(case: AttnCase) -> bool:
     return len(case.query_lens) > 1 and case.attention in ("decoder", "noncausal")
 
@@ -155,6 +178,7 @@ def _graph_tier(case: AttnCase) -> str:
 
 _WHERE: dict[Any, tuple[Callable[[AttnCase], bool] | None, Callable[[AttnCase], str]]] = {
     test_same_run_twice_is_the_same_bit_for_bit: (None, depth_tier),
+    test_a_thousand_runs_are_the_same_bit_for_bit: (_mixed, lambda case: "long"),
     test_output_does_not_depend_on_where_blocks_lie: (None, depth_tier),
     test_requests_in_another_order_get_their_own_answers: (_several, depth_tier),
     test_a_request_alone_gets_the_same_answer: (_several, depth_tier),

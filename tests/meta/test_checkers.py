@@ -25,7 +25,7 @@ from fixtures.transforms import (
     spread_blocks,
 )
 from reference import attend
-from tests.conformance import test_visibility
+from tests.conformance import test_invariance, test_visibility
 from tests.harness.candidate import Outcome, bits, new_output
 from tests.harness.compare import (
     Mismatch,
@@ -326,6 +326,30 @@ def test_a_probe_counts_the_keys_that_are_seen(probe: Any) -> None:
     """Every key asked about is seen, and some other twice: only the count tells."""
     with pytest.raises(Mismatch, match=r"token 0, head 0: 41.\d+ keys are seen, expected 40"):
         probe(PROBED, lambda inputs: honest(inputs).double() * (40 / 41))
+
+
+# Repeats.
+
+
+@pytest.mark.parametrize("wrong", [2, 701, test_invariance.RUNS])
+def test_one_run_that_differs_in_a_bit_is_named(wrong: int, request: pytest.FixtureRequest) -> None:
+    inputs, _ = _small()
+    answer, done = _answer(inputs), 0
+
+    class Driver:
+        def run(self, _: AttnInputs) -> Outcome:
+            nonlocal done
+            done += 1
+            output = answer.output.clone()
+            bits(output)[3, 1, 2] ^= done == wrong
+            return Outcome(output, answer.storage)
+
+    repeated: Any = test_invariance.test_a_thousand_runs_are_the_same_bit_for_bit
+    with pytest.raises(
+        Mismatch, match=f"^runs 1 and {wrong} of one batch: 1 of .* token 3, head 1"
+    ):
+        repeated(Driver(), inputs, Recorder(request.node))
+    assert done == wrong
 
 
 # Transforms.
