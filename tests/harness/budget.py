@@ -16,6 +16,7 @@ does to them (`reference.lowprec` is one) is a handful of roundings, each with a
 4. A quantized cache may be dequantized to the model's dtype first: u / sqrt(3) relative on each
    element of k and v more.
 5. fp16 has probabilities below its smallest normal: an absolute error of half a subnormal step.
+   What float32 itself has below its smallest normal, a GPU may flush to zero.
 
 The bound is 6 standard deviations: no matrix run here draws the 1e9 elements it takes to see one
 beyond. All of it is first-order, and a factor above what honest kernels show (see
@@ -89,7 +90,8 @@ class Budget:
         by_output = (o * w).sum(dim=-1).transpose(0, 1)[..., None]
         # As above: normalized by the rounded or by the exact sum.
         probabilities = 2.0 * (self.noise * (by_key.square() + by_output.square())).sum()
-        rounding = (UNIFORM * unit_roundoff(self.dtype) * o * w).square().sum()
+        rounded = unit_roundoff(self.dtype) * o.abs() + smallest_step(self.dtype)
+        rounding = (UNIFORM * rounded * w).square().sum()
         drift = (p * self.shift * (by_key - by_output).abs()).sum()
         drift += 2.0 * sum(((other - o) * w).sum().abs() for other in dequantized)
         return Spread(float(probabilities + rounding), float(drift))
@@ -98,6 +100,12 @@ class Budget:
 def unit_roundoff(dtype: torch.dtype) -> float:
     """Half the spacing at 1: the largest relative error of rounding to nearest."""
     return torch.finfo(dtype).eps / 2
+
+
+def smallest_step(dtype: torch.dtype) -> float:
+    """The largest error of rounding what is next to zero."""
+    flushed = torch.finfo(torch.float32).smallest_normal
+    return max(torch.finfo(dtype).smallest_normal * unit_roundoff(dtype), flushed)
 
 
 def attention_budget(
@@ -147,7 +155,7 @@ def attention_budget(
         # Independent over head_size elements; a planted query is no larger than three of them.
         logit_error = logit_error + UNIFORM * u * (3.0 / head_size) ** 0.5 * scale * norms
 
-    subnormal = torch.finfo(dtype).smallest_normal * u
+    subnormal = smallest_step(dtype)
     noise = p.square() * (UNIFORM * u_p) ** 2 + (UNIFORM * subnormal) ** 2 * seen
     weight = p.square() * ((UNIFORM * u_p) ** 2 + logit_error.square())
     if quantized:

@@ -52,6 +52,16 @@ CASES: dict[str, dict[str, Any]] = {
     "extreme": {"scenario": "mixed_spec", "logits": "extreme"},
     "extreme_softcap": {"scenario": "mixed_spec", "logits": "extreme", "softcap": 30.0},
     "extreme_sinks": {"scenario": "mixed_spec", "logits": "extreme", "sinks": True},
+    # All but one key's probabilities are 0 beside the sink's, and that one's is 1e-53.
+    "underflow": {
+        "query_lens": (34,),
+        "seq_lens": (169,),
+        "num_heads": 1,
+        "num_kv_heads": 1,
+        "head_size": 8,
+        "sinks": True,
+        "logits": "extreme",
+    },
     "noncausal": {"scenario": "chunked_prefill", "attention": "noncausal"},
     "noncausal_window": {
         "scenario": "chunked_prefill",
