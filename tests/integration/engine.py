@@ -2,8 +2,8 @@
 
     python -m tests.integration.engine --session session.json --report report.json
 
-What vLLM and Triton read at import is the session's; the rest differs from run to run. Nothing
-heavy is imported before the session's environment is set.
+What vLLM and Triton read at import is the session's; the rest differs from run to run. vLLM is not
+imported before the session's environment is set.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,22 +24,25 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from tests.integration.models import Model, Weights, loading
+
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY_POINT = ("vllm.general_plugins", "xfv1:register")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     # Several sessions share the machine's cores, and sums keep one order.
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # Eager all through: compiling one small function for the logprobs takes seconds.
     "TORCHDYNAMO_DISABLE": "1",
+    # The same of the n-gram speculator.
+    "NUMBA_DISABLE_JIT": "1",
 }
-# Room for every prompt at once, and no gibibyte to fill with zeros.
-CACHED_TOKENS = 8192
+# What vLLM may spend on the cache; it spends what `Run.cached_tokens` needs.
+CACHE_BYTES = 2 << 30
 # What a session does not take over from the process that starts it.
 OWN = ("XFV1_CPU", "XFV1_DEBUG", "XFV1_OPS", "TRITON_INTERPRET", "XFORMERS_ENABLE_TRITON")
-# Faults planted in xfv1's torch op: how far each query's position is moved against the keys'.
+# Faults planted in xfv1's ops: how many keys each request has more than it should.
 FAULTS = {"newest_key_lost": -1, "one_key_ahead": 1}
 
 
@@ -45,28 +50,40 @@ FAULTS = {"newest_key_lost": -1, "one_key_ahead": 1}
 class Run:
     """One engine and one batch of prompts, decoded greedily.
 
-    ops: XFV1_OPS. drafts: tokens an n-gram speculator proposes at most, 0 for none. fault: a name
-    among `FAULTS`.
+    backend: vLLM's name of it, for a platform that offers several. graphs: decodes are CUDA graphs.
+    drafts: tokens an n-gram speculator proposes at most, 0 for none. ops: XFV1_OPS. fault: a name
+    among `FAULTS`. jitter: each attention's output is moved, at random, by up to so many units in
+    its last place, as another right answer may be.
     """
 
-    model: str
+    model: Model
     prompts: list[list[int]]
     max_tokens: int = 16
-    dtype: str = "float32"
     block_size: int = 32
     max_num_batched_tokens: int = 64
+    max_num_seqs: int = 8
+    max_model_len: int = 512
+    cached_tokens: int = 8192
+    backend: str = ""
+    graphs: bool = False
     prefix_caching: bool = False
     drafts: int = 0
     ops: str = ""
     fault: str = ""
+    jitter: float = 0.0
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Run":
+        model = content.pop("model")
+        weights = Weights(**model.pop("weights"))
+        return cls(**content, model=Model(**model, weights=weights))
 
 
 @dataclass(frozen=True)
 class Session:
-    """Runs of one process, by name. architectures: vLLM's names of their models' classes."""
+    """Runs of one process, by name."""
 
     runs: dict[str, Run]
-    architectures: list[str]
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -77,7 +94,9 @@ class RunReport:
     tokens, logprobs: [prompt][step]. margins: by how much each token beat the next best, in
     logprob. cached: tokens of each prompt that prefix caching served. impls, backends: class of
     each attention layer's impl and backend. forwards: calls of the impls' forward. ops: calls of
-    xfv1's ops, by "op phase max_query_len".
+    xfv1's ops, by "op phase max_query_len"; captured: those that a CUDA graph recorded. graphs:
+    vLLM's mode of CUDA graphs in the end. replays: of a graph. counters: vLLM's own, by name.
+    start_s, serve_s: seconds to start the engine and to serve the prompts.
     """
 
     tokens: list[list[int]]
@@ -88,6 +107,12 @@ class RunReport:
     backends: list[str]
     forwards: int
     ops: dict[str, int]
+    captured: dict[str, int]
+    graphs: str
+    replays: int
+    counters: dict[str, int]
+    start_s: float
+    serve_s: float
 
     def query_lens(self, op: str, phase: str) -> set[int]:
         """The max_query_len of every call of an op in a phase."""
@@ -132,10 +157,21 @@ class Process:
         """Wait for what came of it.
 
         Raises:
-            SessionError: if the process failed.
+            SessionError: if the process failed, or is not through in so many seconds.
         """
-        if self._process.wait(timeout):
-            raise SessionError(self._log.read_text()[-4000:])
+        try:
+            code = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            code = None
+        if code != 0:
+            outcome = f"not through after {timeout} s" if code is None else f"ended with {code}"
+            raise SessionError(f"{outcome}: {self._log.read_text(errors='replace')[-4000:]}")
+        return self.so_far()
+
+    def so_far(self) -> Report:
+        """The runs that are through."""
+        if not self._report.exists():
+            return Report("", False, {})
         content = json.loads(self._report.read_text())
         runs = {name: RunReport(**run) for name, run in content.pop("runs").items()}
         return Report(**content, runs=runs)
@@ -149,8 +185,8 @@ class Process:
 # What follows runs in the session's process.
 
 
-def serve(session: Session) -> Report:
-    """Run a session's engines in this process."""
+def serve(session: Session) -> Iterator[Report]:
+    """Run a session's engines in this process: what is known after each."""
     from tests.harness import environment
 
     environment.prepare()
@@ -162,8 +198,8 @@ def serve(session: Session) -> Report:
         import xfv1
 
         xfv1.register()
-    environment.register_models(*session.architectures)
-    # The n-gram speculator's numba breaks vLLM's start of any engine after it: it goes last.
+    environment.register_models(*{run.model.architecture for run in session.runs.values()})
+    # On a CPU, numba breaks vLLM's start of any engine after it: the n-gram speculators go last.
     ordered = sorted(session.runs.items(), key=lambda item: item[1].drafts)
     runs = {}
     for name, run in ordered:
@@ -171,43 +207,28 @@ def serve(session: Session) -> Report:
         with mock.patch.object(gc, "collect"):
             runs[name] = _run(run)
         gc.collect()
-    return Report(vllm.__version__, installed, runs)
+        yield Report(vllm.__version__, installed, runs)
 
 
 def _run(run: Run) -> RunReport:
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    os.environ["XFV1_OPS"] = run.ops
-    speculation = {
-        "method": "ngram",
-        "num_speculative_tokens": run.drafts,
-        "prompt_lookup_max": 2,
-        "prompt_lookup_min": 1,
-    }
-    llm = LLM(
-        model=run.model,
-        dtype=run.dtype,
-        block_size=run.block_size,
-        max_model_len=512,
-        max_num_seqs=8,
-        num_gpu_blocks_override=CACHED_TOKENS // run.block_size,
-        max_num_batched_tokens=run.max_num_batched_tokens,
-        enable_chunked_prefill=True,
-        enable_prefix_caching=run.prefix_caching,
-        speculative_config=speculation if run.drafts else None,
-        enforce_eager=True,
-        skip_tokenizer_init=True,
-        seed=0,
-    )
-    layers = _attention_layers(llm)
     sampling = SamplingParams(
         temperature=0.0, max_tokens=run.max_tokens, ignore_eos=True, logprobs=2, detokenize=False
     )
-    with _counted(layers) as (forwards, ops), _planted(run.fault):
-        outputs = llm.generate(
-            [{"prompt_token_ids": ids} for ids in run.prompts], sampling, use_tqdm=False
-        )
+    began = time.perf_counter()
+    with _counted_ops(run.fault) as (ops, captured):
+        llm = start(run)
+        layers = _attention_layers(llm)
+        # What ran so far is warming up.
+        ops.clear()
+        started = time.perf_counter()
+        with _counted_calls(layers, run.jitter) as calls:
+            outputs = llm.generate(
+                [{"prompt_token_ids": ids} for ids in run.prompts], sampling, use_tqdm=False
+            )
+    serve_s = time.perf_counter() - started
     answers = [output.outputs[0] for output in outputs]
     report = RunReport(
         tokens=[list(answer.token_ids) for answer in answers],
@@ -219,12 +240,73 @@ def _run(run: Run) -> RunReport:
         cached=[output.num_cached_tokens or 0 for output in outputs],
         impls=[_name(type(layer.impl)) for layer in layers],
         backends=[_name(layer.get_attn_backend()) for layer in layers],
-        forwards=forwards.total(),
+        forwards=calls["forward"],
         ops=dict(ops),
+        captured=dict(captured),
+        graphs=llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name,
+        replays=calls["replay"],
+        counters=counters(llm),
+        start_s=round(started - began, 1),
+        serve_s=round(serve_s, 1),
     )
     del llm, layers
     cleanup_dist_env_and_memory()
     return report
+
+
+def start(run: Run) -> Any:
+    """vLLM's LLM for a run, in this process."""
+    from vllm import LLM
+
+    os.environ["XFV1_OPS"] = run.ops
+    options: dict[str, Any] = {"enforce_eager": not run.graphs}
+    if run.backend:
+        options["attention_config"] = {"backend": run.backend}
+    if run.graphs:
+        # Batches of every size up to the largest, each request with all its drafts.
+        sizes = [1 << bit for bit in range(run.max_num_seqs.bit_length())]
+        options["compilation_config"] = {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [size * (1 + run.drafts) for size in sizes],
+        }
+    if run.drafts:
+        options["speculative_config"] = {
+            "method": "ngram",
+            "num_speculative_tokens": run.drafts,
+            "prompt_lookup_max": 2,
+            "prompt_lookup_min": 1,
+        }
+    with tempfile.TemporaryDirectory() as folder:
+        return LLM(
+            model=run.model.save(Path(folder)),
+            dtype=run.model.dtype,
+            generation_config="vllm",
+            block_size=run.block_size,
+            max_model_len=run.max_model_len,
+            max_num_seqs=run.max_num_seqs,
+            max_num_batched_tokens=run.max_num_batched_tokens,
+            num_gpu_blocks_override=run.cached_tokens // run.block_size,
+            # Given outright, so that memory is not profiled, and others' use of it is no error.
+            kv_cache_memory_bytes=CACHE_BYTES,
+            gpu_memory_utilization=0.05,
+            enable_flashinfer_autotune=False,
+            enable_chunked_prefill=True,
+            enable_prefix_caching=run.prefix_caching,
+            skip_tokenizer_init=True,
+            disable_log_stats=False,
+            seed=0,
+            **loading(run.model.weights),
+            **options,
+        )
+
+
+def counters(llm: Any) -> dict[str, int]:
+    """vLLM's counters of one engine that are not zero."""
+    from vllm.v1.metrics.reader import Counter as Metric
+
+    found = (metric for metric in llm.get_metrics() if isinstance(metric, Metric))
+    return {metric.name: metric.value for metric in found if metric.value}
 
 
 def _attention_layers(llm: Any) -> list[Any]:
@@ -245,53 +327,65 @@ def _margin(step: dict[int, Any]) -> float:
 
 
 @contextlib.contextmanager
-def _counted(layers: list[Any]) -> Iterator[tuple[Counter[str], Counter[str]]]:
-    """Counts of the impls' forward calls, and of the calls of xfv1's ops."""
-    from xfv1.dispatch import OPS
+def _counted_calls(layers: list[Any], jitter: float) -> Iterator[Counter[str]]:
+    """Counts of the impls' forward calls, their outputs moved or as they are, and of the CUDA
+    graphs replayed."""
+    import torch
 
-    forwards: Counter[str] = Counter()
     calls: Counter[str] = Counter()
 
-    def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            forwards["forward"] += 1
-            return forward(*args, **kwargs)
+    def counting(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+            calls["forward"] += 1
+            output = forward(*args, **kwargs)
+            if jitter:
+                moved = 2 * torch.rand(output.shape, device=output.device) - 1
+                output.mul_(1 + jitter * torch.finfo(output.dtype).eps * moved)
+            return output
 
         return call
 
-    def counting_op(name: str, run: Callable[[Any], None]) -> Callable[[Any], None]:
+    def counted_replay(graph: Any) -> None:
+        calls["replay"] += 1
+        replay(graph)
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            forward = counting(layer.impl.forward)
+            stack.enter_context(mock.patch.object(layer.impl, "forward", forward))
+        if torch.cuda.is_available():
+            replay = torch.cuda.CUDAGraph.replay
+            stack.enter_context(mock.patch.object(torch.cuda.CUDAGraph, "replay", counted_replay))
+        yield calls
+
+
+@contextlib.contextmanager
+def _counted_ops(fault: str) -> Iterator[tuple[Counter[str], Counter[str]]]:
+    """Counts of the calls of xfv1's ops, those apart that a CUDA graph records; each with a fault
+    among `FAULTS` in it, as it is for ""."""
+    import torch
+
+    from xfv1.dispatch import OPS
+
+    calls: Counter[str] = Counter()
+    captured: Counter[str] = Counter()
+    cuda = torch.cuda.is_available()
+
+    def counting(name: str, run: Callable[[Any], None]) -> Callable[[Any], None]:
         def call(call: Any) -> None:
+            if fault:
+                keys = (call.seq_lens + FAULTS[fault]).clamp(min=0)
+                call = dataclasses.replace(call, seq_lens=keys)
             run(call)
-            calls[f"{name} {call.batch.phase} {call.batch.max_query_len}"] += 1
+            counts = captured if cuda and torch.cuda.is_current_stream_capturing() else calls
+            counts[f"{name} {call.batch.phase} {call.batch.max_query_len}"] += 1
 
         return call
 
     with contextlib.ExitStack() as stack:
-        for layer in layers:
-            patch = mock.patch.object(layer.impl, "forward", counting(layer.impl.forward))
-            stack.enter_context(patch)
         for name, op in OPS.items():
-            stack.enter_context(mock.patch.object(op, "run", counting_op(name, op.run)))
-        yield forwards, calls
-
-
-@contextlib.contextmanager
-def _planted(fault: str) -> Iterator[None]:
-    """xfv1's torch op with a fault in it, one of `FAULTS`; as it is for ""."""
-    from xfv1.ops.torch_cpu import TorchCpu
-
-    if not fault:
-        yield
-        return
-    attend, shift = TorchCpu._attend, FAULTS[fault]
-
-    def faulty(
-        self: TorchCpu, call: Any, rows: slice, positions: Any, key: Any, value: Any
-    ) -> None:
-        attend(self, call, rows, positions + shift, key, value)
-
-    with mock.patch.object(TorchCpu, "_attend", faulty):
-        yield
+            stack.enter_context(mock.patch.object(op, "run", counting(name, op.run)))
+        yield calls, captured
 
 
 def main() -> None:
@@ -300,11 +394,13 @@ def main() -> None:
     parser.add_argument("--report", type=Path, required=True)
     args = parser.parse_args()
     content = json.loads(args.session.read_text())
-    runs = {name: Run(**run) for name, run in content.pop("runs").items()}
+    runs = {name: Run.from_json(run) for name, run in content.pop("runs").items()}
     session = Session(runs, **content)
     os.environ.update(ENVIRONMENT | session.environment)
-    report = serve(session)
-    args.report.write_text(json.dumps(dataclasses.asdict(report), indent=1))
+    for report in serve(session):
+        written = args.report.with_suffix(".tmp")
+        written.write_text(json.dumps(dataclasses.asdict(report), indent=1))
+        written.replace(args.report)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+"""Did two backends give the same tokens, as far as rounding lets them?"""
+
+from dataclasses import dataclass
+
+from tests.integration.engine import RunReport
+
+# Of the prompts, so many at least are the same to the last token: near ties are the exception.
+LEAST_IDENTICAL = 0.75
+# A margin is the difference of two logprobs; and the largest of some hundred differences between
+# logprobs is not the largest there can be: twice that.
+MARGIN = 4
+
+
+def rounding(reference: RunReport, jittered: RunReport) -> float:
+    """How far apart rounding puts the margins of two right answers.
+
+    jittered: the reference's own run with its attention moved in the last place, so that nothing
+    of the backend under test enters, and what layers make of small errors does.
+    """
+    return MARGIN * compare(jittered, reference, float("inf")).apart
+
+
+@dataclass(frozen=True)
+class Parting:
+    """Where a prompt's tokens first differ, and by how much each backend preferred its own."""
+
+    prompt: int
+    step: int
+    token: int
+    expected: int
+    margin: float
+    expected_margin: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """compared: tokens up to each prompt's parting. apart: their largest difference in logprob.
+    bound: how near a tie has to be to be broken differently."""
+
+    prompts: int
+    identical: int
+    compared: int
+    apart: float
+    bound: float
+    partings: list[Parting]
+
+    def problems(self) -> list[str]:
+        """What rounding does not explain, in words; empty if it explains all."""
+        if not self.compared:
+            return ["nothing was compared"]
+        found = [
+            f"prompt {p.prompt}, step {p.step}: {p.token} by {p.margin:.2e}, expected {p.expected}"
+            f" by {p.expected_margin:.2e}, bound {self.bound:.2e}"
+            for p in self.partings
+            if max(p.margin, p.expected_margin) > self.bound
+        ]
+        if self.apart > self.bound:
+            found.append(f"logprobs {self.apart:.2e} apart, bound {self.bound:.2e}")
+        if self.identical < LEAST_IDENTICAL * self.prompts:
+            found.append(f"{self.identical} of {self.prompts} prompts alike to the last token")
+        return found
+
+
+def compare(report: RunReport, reference: RunReport, bound: float) -> Agreement:
+    """A run beside another of the same prompts."""
+    compared, apart, partings = 0, 0.0, []
+    for prompt, (tokens, expected) in enumerate(zip(report.tokens, reference.tokens, strict=True)):
+        # A run that was to make fewer tokens is compared as far as it goes.
+        differs = [a != b for a, b in zip(tokens, expected, strict=False)]
+        same = differs.index(True) if any(differs) else len(differs)
+        ours, theirs = report.logprobs[prompt], reference.logprobs[prompt]
+        steps = zip(ours[:same], theirs[:same], strict=True)
+        apart = max([apart, *(abs(a - b) for a, b in steps)])
+        compared += same
+        if same < len(differs):
+            margins = (report.margins[prompt][same], reference.margins[prompt][same])
+            partings.append(Parting(prompt, same, tokens[same], expected[same], *margins))
+    identical = len(report.tokens) - len(partings)
+    return Agreement(len(report.tokens), identical, compared, apart, bound, partings)

@@ -1,0 +1,33 @@
+"""Does a real V1 engine on a GPU give, through xfv1, what it gives through vLLM's own backend?"""
+
+from typing import Any
+
+import pytest
+
+from tests.integration.models import MODELS
+from tests.integration.same_tokens import FAULT, FAULTY_MODEL, JOBS, TIMEOUT, measure, problems
+
+pytestmark = pytest.mark.gpu
+
+Results = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        pytest.skip("needs vLLM's build for a GPU")
+    folder = tmp_path_factory.mktemp("engine")
+    return dict(measure([*MODELS], folder, small=False, jobs=JOBS, timeout=TIMEOUT))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_are_those_of_vllms_own_backend(results: Results, name: str) -> None:
+    assert problems(results[name]) == []
+    assert len(results[name]["runs"]) == 2 + (name == FAULTY_MODEL)
+
+
+def test_one_lost_key_changes_the_tokens(results: Results) -> None:
+    fault = results[FAULTY_MODEL]["runs"][FAULT]
+    assert fault["identical"] < fault["prompts"] / 2
