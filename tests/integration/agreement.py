@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tests.integration.engine import RunReport
 
-# Of the prompts, so many at least are the same to the last token: near ties are the exception.
+# Of the answers, so many at least are the same to the last token: near ties are the exception.
 LEAST_IDENTICAL = 0.75
 # A margin is the difference of two logprobs; and the largest of some hundred differences between
 # logprobs is not the largest there can be: twice that.
@@ -22,7 +22,8 @@ def rounding(reference: RunReport, jittered: RunReport) -> float:
 
 @dataclass(frozen=True)
 class Parting:
-    """Where a prompt's tokens first differ, and by how much each backend preferred its own."""
+    """Where an answer's tokens first differ, by how much each backend preferred its own, and how
+    often that answer was given."""
 
     prompt: int
     step: int
@@ -30,14 +31,16 @@ class Parting:
     expected: int
     margin: float
     expected_margin: float
+    times: int
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """compared: tokens up to each prompt's parting. apart: their largest difference in logprob.
-    bound: how near a tie has to be to be broken differently."""
+    """answers, identical: how many, and how many of them to the last token. compared: tokens up to
+    each answer's parting. apart: their largest difference in logprob. bound: how near a tie has to
+    be to be broken differently."""
 
-    prompts: int
+    answers: int
     identical: int
     compared: int
     apart: float
@@ -56,24 +59,27 @@ class Agreement:
         ]
         if self.apart > self.bound:
             found.append(f"logprobs {self.apart:.2e} apart, bound {self.bound:.2e}")
-        if self.identical < LEAST_IDENTICAL * self.prompts:
-            found.append(f"{self.identical} of {self.prompts} prompts alike to the last token")
+        if self.identical < LEAST_IDENTICAL * self.answers:
+            found.append(f"{self.identical} of {self.answers} answers alike to the last token")
         return found
 
 
 def compare(report: RunReport, reference: RunReport, bound: float) -> Agreement:
-    """A run beside another of the same prompts."""
-    compared, apart, partings = 0, 0.0, []
-    for prompt, (tokens, expected) in enumerate(zip(report.tokens, reference.tokens, strict=True)):
+    """A run's answers beside those of another, which answered each of the prompts."""
+    compared, identical, apart, partings = 0, 0, 0.0, []
+    rows = {prompt: row for row, prompt in enumerate(reference.prompts)}
+    for ours, (prompt, times) in enumerate(zip(report.prompts, report.times, strict=True)):
+        theirs = rows[prompt]
+        tokens, expected = report.tokens[ours], reference.tokens[theirs]
         # A run that was to make fewer tokens is compared as far as it goes.
         differs = [a != b for a, b in zip(tokens, expected, strict=False)]
         same = differs.index(True) if any(differs) else len(differs)
-        ours, theirs = report.logprobs[prompt], reference.logprobs[prompt]
-        steps = zip(ours[:same], theirs[:same], strict=True)
-        apart = max([apart, *(abs(a - b) for a, b in steps)])
+        logprobs = zip(report.logprobs[ours][:same], reference.logprobs[theirs][:same], strict=True)
+        apart = max([apart, *(abs(a - b) for a, b in logprobs)])
         compared += same
-        if same < len(differs):
-            margins = (report.margins[prompt][same], reference.margins[prompt][same])
-            partings.append(Parting(prompt, same, tokens[same], expected[same], *margins))
-    identical = len(report.tokens) - len(partings)
-    return Agreement(len(report.tokens), identical, compared, apart, bound, partings)
+        if same == len(differs):
+            identical += times
+            continue
+        margins = (report.margins[ours][same], reference.margins[theirs][same])
+        partings.append(Parting(prompt, same, tokens[same], expected[same], *margins, times))
+    return Agreement(sum(report.times), identical, compared, apart, bound, partings)

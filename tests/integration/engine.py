@@ -11,8 +11,10 @@ import contextlib
 import dataclasses
 import gc
 import importlib.metadata
+import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -48,17 +50,20 @@ FAULTS = {"newest_key_lost": -1, "one_key_ahead": 1}
 
 @dataclass(frozen=True)
 class Run:
-    """One engine and one batch of prompts, decoded greedily.
+    """One engine and its prompts, decoded greedily, all given at once.
 
-    backend: vLLM's name of it, for a platform that offers several. graphs: decodes are CUDA graphs.
-    drafts: tokens an n-gram speculator proposes at most, 0 for none. ops: XFV1_OPS. fault: a name
-    among `FAULTS`. jitter: each attention's output is moved, at random, by up to so many units in
-    its last place, as another right answer may be.
+    max_tokens: of each, or of every one. until: a time (seconds since 1970) up to which prompts
+    drawn at random arrive one after another instead; 0 for none. backend: vLLM's name of it,
+    for a platform that offers several. graphs: decodes are CUDA graphs. drafts: tokens an
+    n-gram speculator proposes at most, 0 for none. ops: XFV1_OPS. fault: a name among `FAULTS`.
+    jitter: each attention's output is moved, at random, by up to so many units in its last
+    place, as another right answer may be.
     """
 
     model: Model
     prompts: list[list[int]]
-    max_tokens: int = 16
+    max_tokens: int | list[int] = 16
+    until: float = 0.0
     block_size: int = 32
     max_num_batched_tokens: int = 64
     max_num_seqs: int = 8
@@ -91,14 +96,18 @@ class Session:
 class RunReport:
     """What an engine answered, and what really ran.
 
-    tokens, logprobs: [prompt][step]. margins: by how much each token beat the next best, in
-    logprob. cached: tokens of each prompt that prefix caching served. impls, backends: class of
-    each attention layer's impl and backend. forwards: calls of the impls' forward. ops: calls of
-    xfv1's ops, by "op phase max_query_len"; captured: those that a CUDA graph recorded. graphs:
-    vLLM's mode of CUDA graphs in the end. replays: of a graph. counters: vLLM's own, by name.
-    start_s, serve_s: seconds to start the engine and to serve the prompts.
+    prompts: which of the run's each answer is to. times: how often it was given; a prompt that
+    is given again may be answered otherwise. tokens, logprobs: [answer][step]. margins: by how
+    much each token beat the next best, in logprob. cached: tokens of each answer's prompt that
+    prefix caching served. impls, backends: class of each attention layer's impl and backend.
+    forwards: calls of the impls' forward. ops: calls of xfv1's ops, by "op phase
+    max_query_len"; captured: those that a CUDA graph recorded. graphs: vLLM's mode of CUDA
+    graphs in the end. replays: of a graph. counters: vLLM's own, by name. start_s, serve_s:
+    seconds to start the engine and to serve the prompts.
     """
 
+    prompts: list[int]
+    times: list[int]
     tokens: list[list[int]]
     logprobs: list[list[float]]
     margins: list[list[float]]
@@ -211,12 +220,8 @@ def serve(session: Session) -> Iterator[Report]:
 
 
 def _run(run: Run) -> RunReport:
-    from vllm import SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    sampling = SamplingParams(
-        temperature=0.0, max_tokens=run.max_tokens, ignore_eos=True, logprobs=2, detokenize=False
-    )
     began = time.perf_counter()
     with _counted_ops(run.fault) as (ops, captured):
         llm = start(run)
@@ -225,19 +230,25 @@ def _run(run: Run) -> RunReport:
         ops.clear()
         started = time.perf_counter()
         with _counted_calls(layers, run.jitter) as calls:
-            outputs = llm.generate(
-                [{"prompt_token_ids": ids} for ids in run.prompts], sampling, use_tqdm=False
-            )
+            # The same tokens to the same prompt are one answer, by whichever request came first.
+            answers: dict[tuple[int, ...], Any] = {}
+            times: Counter[tuple[int, ...]] = Counter()
+            for prompt, output in _outputs(llm, run):
+                key = (prompt, *output.outputs[0].token_ids)
+                answers.setdefault(key, output)
+                times[key] += 1
     serve_s = time.perf_counter() - started
-    answers = [output.outputs[0] for output in outputs]
+    steps = [
+        [(token, step) for token, step in zip(a.token_ids, a.logprobs, strict=True)]
+        for a in (output.outputs[0] for output in answers.values())
+    ]
     report = RunReport(
-        tokens=[list(answer.token_ids) for answer in answers],
-        logprobs=[
-            [step[token].logprob for token, step in zip(a.token_ids, a.logprobs, strict=True)]
-            for a in answers
-        ],
-        margins=[[_margin(step) for step in answer.logprobs] for answer in answers],
-        cached=[output.num_cached_tokens or 0 for output in outputs],
+        prompts=[prompt for prompt, *_ in answers],
+        times=[times[key] for key in answers],
+        tokens=[tokens for _, *tokens in answers],
+        logprobs=[[step[token].logprob for token, step in row] for row in steps],
+        margins=[[_margin(step) for _, step in row] for row in steps],
+        cached=[output.num_cached_tokens or 0 for output in answers.values()],
         impls=[_name(type(layer.impl)) for layer in layers],
         backends=[_name(layer.get_attn_backend()) for layer in layers],
         forwards=calls["forward"],
@@ -252,6 +263,36 @@ def _run(run: Run) -> RunReport:
     del llm, layers
     cleanup_dist_env_and_memory()
     return report
+
+
+def _outputs(llm: Any, run: Run) -> Iterator[tuple[int, Any]]:
+    """Which prompt, and vLLM's output to it, for every request that is through."""
+    from vllm import SamplingParams
+
+    most = run.max_tokens
+    lengths = most if isinstance(most, list) else [most] * len(run.prompts)
+    prompts = [{"prompt_token_ids": ids} for ids in run.prompts]
+    sampling = [
+        SamplingParams(
+            temperature=0.0, max_tokens=length, ignore_eos=True, logprobs=2, detokenize=False
+        )
+        for length in lengths
+    ]
+    if not run.until:
+        yield from enumerate(llm.generate(prompts, sampling, use_tqdm=False))
+        return
+    rng = random.Random(0)
+    engine, given = llm.llm_engine, itertools.count()
+    while time.time() < run.until:
+        # At times more than can run at once, at times none.
+        room = 2 * run.max_num_seqs - engine.get_num_unfinished_requests()
+        for _ in range(min(room, rng.choice((0, 0, 0, 1, 4)))):
+            drawn = rng.randrange(len(prompts))
+            engine.add_request(f"{next(given)}-{drawn}", prompts[drawn], sampling[drawn])
+        if engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    yield int(output.request_id.split("-")[1]), output
 
 
 def start(run: Run) -> Any:

@@ -187,7 +187,9 @@ def draw(model: torch.nn.Module, weights: Weights) -> None:
             elif parameter.dim() == 2:
                 columns = parameter.shape[1]
                 # In float32 whatever the model's dtype: weights of two dtypes differ by rounding.
-                content = torch.randn(parameter.shape, generator=generator, device=device)
+                content = torch.randn(
+                    parameter.shape, generator=generator, device=device, dtype=torch.float32
+                )
                 if not isinstance(module, VocabParallelEmbedding):
                     content *= columns**-0.5
                 elif isinstance(module, ParallelLMHead):

@@ -90,8 +90,8 @@ def unexercised(run: Run, report: RunReport, impl: str) -> list[str]:
         or (report.graphs == "FULL_DECODE_ONLY" and report.replays > 0),
         f"prompts cut to {run.max_num_batched_tokens} tokens: {chunks}": not own
         or 1 < max(chunks, default=0) <= run.max_num_batched_tokens < max(map(len, run.prompts)),
-        f"{run.max_tokens} tokens to each prompt": {len(row) for row in report.tokens}
-        == {run.max_tokens},
+        "answer to every prompt": sorted(set(report.prompts)) == [*range(len(run.prompts))]
+        or run.until > 0,
         f"decodes of {decode} tokens: {sorted(decoded)}": not own or decode in decoded,
         "cached prefixes": not run.prefix_caching or sum(report.cached) > 0,
         "drafts, proposed and accepted": not run.drafts
@@ -106,7 +106,7 @@ def compared(
     """One run by both backends, as data; "problems" is empty if all is well."""
     result = agreement.compare(ours, reference, bound)
     if run.fault:
-        noticed = bool(result.problems()) and result.identical < result.prompts / 2
+        noticed = bool(result.problems()) and result.identical < result.answers / 2
         problems = [] if noticed else [f"{run.fault} changed too little"]
     else:
         problems = result.problems()
@@ -124,7 +124,7 @@ def compared(
 
 def facts(report: RunReport) -> dict[str, Any]:
     """What of a run is not per token."""
-    left_out = ("tokens", "logprobs", "margins", "impls", "backends")
+    left_out = ("prompts", "times", "tokens", "logprobs", "margins", "impls", "backends")
     content = dataclasses.asdict(report)
     return {
         "impls": sorted(set(report.impls)),
@@ -232,7 +232,7 @@ def main() -> int:
                 save(args.json, state)
             for run, found in result["runs"].items():
                 say(
-                    f"{name:14s} {run:16s} {found['identical']:2d} of {found['prompts']} prompts"
+                    f"{name:14s} {run:16s} {found['identical']:2d} of {found['answers']} prompts"
                     f" identical, logprobs at most {found['apart']:.1e} apart"
                     f" (bound {found['bound']:.1e})"
                 )

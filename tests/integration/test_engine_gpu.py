@@ -30,4 +30,4 @@ def test_tokens_are_those_of_vllms_own_backend(results: Results, name: str) -> N
 
 def test_one_lost_key_changes_the_tokens(results: Results) -> None:
     fault = results[FAULTY_MODEL]["runs"][FAULT]
-    assert fault["identical"] < fault["prompts"] / 2
+    assert fault["identical"] < fault["answers"] / 2
