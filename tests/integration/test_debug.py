@@ -29,6 +29,7 @@ pytestmark = pytest.mark.cpu
 CASE = AttnCase(scenario="mixed_small")
 ENCODER = AttnCase(scenario="encoder_small", attention="encoder")
 CROSS = AttnCase(scenario="cross_small", attention="cross")
+SHARING = AttnCase(scenario="mixed_small", kv_sharing=True)
 FP8 = AttnCase(scenario="mixed_small", kv_dtype="fp8_e4m3")
 # Beyond the smoke tier: what a check too strict would take for a fault.
 RIGHT = (
@@ -38,7 +39,7 @@ RIGHT = (
     AttnCase(scenario="mixed_small", pad_tokens=5),
     AttnCase(scenario="mixed_empty"),
     AttnCase(scenario="mixed_small", fused_qkv=True),
-    AttnCase(scenario="mixed_small", kv_sharing=True),
+    SHARING,
     AttnCase(scenario="fresh_prefill", kv_sharing=True, kv_dtype="fp8_e5m2"),
     AttnCase(scenario="chunked_prefill", attention="noncausal"),
     AttnCase(scenario="chunked_prefill", shared_prefix=True),
@@ -88,8 +89,8 @@ class Step:
     def run(self) -> None:
         """What vLLM calls, in its order."""
         metadata = self.build()
-        # Cross attention's layers write in their forward.
-        if self.driver.case.attention != "cross":
+        # Cross attention's layers write in their forward, those that share a cache not at all.
+        if self.driver.case not in (CROSS, SHARING):
             writes = (self.key, self.value, self.kv_cache, self.slot_mapping)
             self.impl.do_kv_cache_update(self.driver.layer, *writes)
         self.forward(metadata)
@@ -211,6 +212,7 @@ WRONG = (
     Wrong("value", on_meta, "value.device=meta: expected"),
     Wrong("value", lambda t: t[:9], "value.shape=(9, 2, 64): expected [>= 104, 2, 64]", ENCODER),
     Wrong("kv_cache", on_meta, "kv_cache.device=meta: expected"),
+    Wrong("kv_cache", on_meta, "kv_cache.device=meta: expected", SHARING),
     Wrong(
         "kv_cache", torch.Tensor.bfloat16, "kv_cache.dtype=torch.bfloat16: expected torch.float16"
     ),
