@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LEDGER = Path(__file__).parents[2] / "fixtures" / "known_failures.toml"
-REQUIRED = ("candidate", "test", "case", "reason", "link", "versions")
+REQUIRED = ("candidate", "test", "case", "reason", "link", "versions", "devices")
+LISTS = ("versions", "devices")
 
 
 class LedgerError(ValueError):
@@ -15,7 +16,8 @@ class LedgerError(ValueError):
 
 @dataclass(frozen=True)
 class Known:
-    """candidate: as given to --candidate. test, case, versions (of vLLM): shell patterns."""
+    """candidate: as given to --candidate. Shell patterns: test, case, versions (of vLLM), devices
+    ("cpu", or a GPU's name)."""
 
     candidate: str
     test: str
@@ -23,11 +25,14 @@ class Known:
     reason: str
     link: str
     versions: tuple[str, ...]
+    devices: tuple[str, ...]
 
-    def applies(self, candidate: str, vllm_version: str) -> bool:
+    def applies(self, candidate: str, vllm_version: str, device: str) -> bool:
         """Whether the entry says anything of a run."""
-        return candidate == self.candidate and any(
-            fnmatch.fnmatchcase(vllm_version, pattern) for pattern in self.versions
+        return (
+            candidate == self.candidate
+            and any(fnmatch.fnmatchcase(vllm_version, pattern) for pattern in self.versions)
+            and any(fnmatch.fnmatchcase(device, pattern) for pattern in self.devices)
         )
 
     def matches(self, test: str, case: str) -> bool:
@@ -49,7 +54,7 @@ def load_ledger(path: Path = LEDGER) -> list[Known]:
         for field in REQUIRED:
             if field not in entry:
                 raise LedgerError(f"{path.name}, entry {number}: {field} is missing")
-            kind = list if field == "versions" else str
+            kind = list if field in LISTS else str
             if not isinstance(entry[field], kind) or not entry[field]:
                 raise LedgerError(
                     f"{path.name}, entry {number}: {field}={entry[field]!r}:"
@@ -58,5 +63,5 @@ def load_ledger(path: Path = LEDGER) -> list[Known]:
         for field in entry:
             if field not in REQUIRED:
                 raise LedgerError(f"{path.name}, entry {number}: {field} is no field")
-        known.append(Known(**{**entry, "versions": tuple(entry["versions"])}))
+        known.append(Known(**entry | {field: tuple(entry[field]) for field in LISTS}))
     return known

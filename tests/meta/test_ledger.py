@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.ledger import LEDGER, REQUIRED, Known, LedgerError, load_ledger
+from tests.harness.ledger import LEDGER, LISTS, REQUIRED, Known, LedgerError, load_ledger
 from tests.meta.runs import CASE, WRONG, run_suite
 
 BLIND = f"{WRONG}:NewestKeyLost"
@@ -18,6 +18,7 @@ ENTRY: dict[str, Any] = {
     "reason": "the newest key is lost",
     "link": "tests/meta/candidates.py",
     "versions": ["*"],
+    "devices": ["*"],
 }
 
 
@@ -34,7 +35,7 @@ def _written(folder: Path, *entries: dict[str, Any], name: str = "ledger.toml") 
 
 def test_an_entry_reads_back(tmp_path: Path) -> None:
     entries = load_ledger(_written(tmp_path, ENTRY, ENTRY | {"versions": ["0.32.*", "0.33.*"]}))
-    assert entries[0] == Known(**ENTRY | {"versions": ("*",)})
+    assert entries[0] == Known(**ENTRY | {"versions": ("*",), "devices": ("*",)})
     assert entries[1].versions == ("0.32.*", "0.33.*")
 
 
@@ -55,7 +56,7 @@ def test_a_missing_field_is_named_with_its_entry(tmp_path: Path, field: str) -> 
 def test_a_value_that_is_none_is_named_with_what_is_expected(
     tmp_path: Path, field: str, value: object
 ) -> None:
-    kind = "list" if field == "versions" else "str"
+    kind = "list" if field in LISTS else "str"
     with pytest.raises(LedgerError, match=rf"entry 1: {field}=.*: expected a {kind}"):
         load_ledger(_written(tmp_path, ENTRY | {field: value}))
 
@@ -73,10 +74,12 @@ def test_what_is_no_toml_is_said_with_its_line(tmp_path: Path) -> None:
 
 
 def test_patterns_are_a_shells() -> None:
-    known = Known(**ENTRY | {"test": "test_output*", "case": "*-alibi*", "versions": ("0.3?.*",)})
-    assert known.applies(BLIND, "0.32.0")
-    assert not known.applies(BLIND, "0.4.0")
-    assert not known.applies("xfv1", "0.32.0")
+    patterns = {"test": "test_output*", "case": "*-alibi*", "versions": ("0.3?.*",)}
+    known = Known(**ENTRY | patterns | {"devices": ("*H?00*", "*A100*")})
+    assert known.applies(BLIND, "0.32.0", "NVIDIA H100 80GB HBM3")
+    assert not known.applies(BLIND, "0.32.0", "cpu")
+    assert not known.applies(BLIND, "0.4.0", "NVIDIA H100 80GB HBM3")
+    assert not known.applies("xfv1", "0.32.0", "NVIDIA H100 80GB HBM3")
     assert known.matches("test_output_matches_reference", "mixed_small-alibi-sinks")
     assert not known.matches("test_cache", "mixed_small-alibi-sinks")
     assert not known.matches("test_output_matches_reference", "mixed_small-sinks")
