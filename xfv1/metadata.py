@@ -171,7 +171,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
         )
         context_lens.copy_(local[:, self.dcp_rank])
         new = replace(whole, batch=replace(whole.batch, lse=True), seq_lens=query_lens, plans={})
-        # A graph of decodes is captured with context, whatever the batch at hand has.
+        # Decodes never do without, for a graph's sake (see `_split`).
         if whole.batch.fresh and phases[0].batch.phase == PREFILL:
             return Parts([], new)
         context, first = [], 0
@@ -225,8 +225,11 @@ def _is_fresh(starts: torch.Tensor, bound: torch.Tensor | None, num_reqs: int) -
 def _split(whole: Phase, decodes: int, decode_tokens: int) -> list[Phase]:
     num_reqs = whole.batch.num_reqs
     if decodes in (0, num_reqs):
-        phase = DECODE if decodes == num_reqs else PREFILL
-        return [replace(whole, batch=replace(whole.batch, phase=phase), plans={})]
+        batch = replace(whole.batch, phase=PREFILL)
+        if decodes == num_reqs:
+            # What a graph is captured with has no context; what it is replayed with has.
+            batch = replace(whole.batch, phase=DECODE, fresh=False)
+        return [replace(whole, batch=batch, plans={})]
     bound = whole.seq_lens_cpu
     # The decodes' longest, not the batch's: it sizes their splits.
     longest = whole.batch.max_seq_len if bound is None else int(bound[:decodes].max())

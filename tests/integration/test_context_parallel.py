@@ -25,6 +25,7 @@ from tests.harness import candidate
 from tests.harness.candidate import Driver, Refused, common_metadata, drive, new_output
 from tests.harness.oracle import expected
 from tests.integration.interpreted import passed_in_interpreter
+from tests.integration.test_metadata import assert_same
 from xfv1 import compat
 from xfv1.backend import XFormersAttentionBackend
 from xfv1.impl import XFormersImpl
@@ -361,7 +362,22 @@ def test_lengths_stay_where_a_graph_reads_them(
         assert parts.new.seq_lens.tolist() == query_lens.tolist()
         places.add((context.seq_lens.data_ptr(), parts.new.seq_lens.data_ptr()))
     assert len(places) == 1
+    # Prompts leave out the context, which decodes never do: a graph is captured without.
     assert driver.metadata(build_inputs(_case("fresh_prefill"), device)).parts.context == []
+    assert len(driver.metadata(build_inputs(_case("single_token"), device)).parts.context) == 1
+
+
+@pytest.mark.usefixtures("vllm_triton")
+def test_updated_table_equals_a_build_with_it(
+    parallel: Callable[..., Group], device: torch.device
+) -> None:
+    parallel(2)
+    inputs = build_inputs(_case(), device)
+    builder = drive(XFormersAttentionBackend, inputs.case, device).builder
+    common = common_metadata(inputs)
+    table = common.block_table_tensor + 7
+    updated = builder.update_block_table(builder.build(0, common), table, common.slot_mapping)
+    assert_same(updated, builder.build(0, dataclasses.replace(common, block_table_tensor=table)))
 
 
 @pytest.mark.usefixtures("vllm_triton")

@@ -1,0 +1,163 @@
+"""Does each way in which vLLM asks for a step's metadata give what building it anew gives?
+
+gpu_model_runner updates the block table where cache groups differ in nothing else, and builds for
+a graph's capture what the graph then reads at every replay; the proposers build for drafting.
+"""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from fixtures.cases import AttnCase
+from fixtures.inputs import AttnInputs, build_inputs
+from tests.harness.candidate import Driver, Outcome, common_metadata, drive, new_output
+from tests.harness.compare import check_against_reference
+from tests.harness.report import Recorder
+from xfv1.backend import XFormersAttentionBackend
+from xfv1.metadata import XFormersMetadata
+from xfv1.ops.base import DECODE, PREFILL
+
+# (scenario, the longest query that counts as a decode, the phases it has).
+STEPS = {
+    "decodes": (AttnCase(scenario="small_decode"), 1, [DECODE]),
+    "padded": (AttnCase(scenario="small_decode", pad_reqs=2, pad_tokens=2), 1, [DECODE]),
+    "prompts": (AttnCase(scenario="fresh_prefill"), 1, [PREFILL]),
+    "mixed": (AttnCase(scenario="mixed_small"), 1, [DECODE, PREFILL]),
+    "verification": (AttnCase(scenario="spec_uniform5"), 5, [DECODE]),
+    "verification beside prompts": (AttnCase(scenario="mixed_spec"), 4, [DECODE, PREFILL]),
+}
+STEP = pytest.mark.parametrize(("sample", "threshold", "phases"), STEPS.values(), ids=STEPS)
+
+
+def driven(case: AttnCase, device: torch.device, threshold: int = 1) -> Driver:
+    driver = drive(XFormersAttentionBackend, case, device)
+    driver.builder.reorder_batch_threshold = threshold
+    return driver
+
+
+def assert_same(one: Any, other: Any, where: str = "metadata") -> None:
+    """Field by field; plans apart, which layers make."""
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype, where
+        assert torch.equal(one, other), where
+    elif dataclasses.is_dataclass(one):
+        for field in dataclasses.fields(one):
+            if field.name != "plans":
+                name = field.name
+                assert_same(getattr(one, name), getattr(other, name), f"{where}.{name}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}[{index}]")
+    else:
+        assert one == other, where
+
+
+def attended(driver: Driver, inputs: AttnInputs, metadata: XFormersMetadata) -> Outcome:
+    """The answer of the driver's layer with that metadata, and its cache."""
+    cache, storage = inputs.new_cache()
+    output = new_output(inputs)
+    driver.update_cache(inputs, cache)
+    driver.forward(inputs, cache, metadata, output)
+    return Outcome(output, storage)
+
+
+@STEP
+def test_updated_table_equals_a_build_with_it(
+    sample: AttnCase, threshold: int, phases: list[str], device: torch.device
+) -> None:
+    inputs = build_inputs(sample, device)
+    builder = driven(sample, device, threshold).builder
+    common = common_metadata(inputs)
+    other = dataclasses.replace(
+        common,
+        block_table_tensor=common.block_table_tensor + 7,
+        slot_mapping=common.slot_mapping + 7,
+    )
+    built = builder.build(0, common)
+    assert [phase.batch.phase for phase in built.phases] == phases
+    # What layers of the first group have planned is of its blocks.
+    for phase in (built.whole, *built.phases):
+        phase.plans["made of"] = phase.block_table
+    updated = builder.update_block_table(built, other.block_table_tensor, other.slot_mapping)
+    assert_same(updated, builder.build(0, other))
+    assert [phase.plans for phase in (updated.whole, *updated.phases)] == [{}] * (1 + len(phases))
+    assert_same(built, builder.build(0, common))
+
+
+def test_updated_table_equals_a_build_of_local_chunks(device: torch.device) -> None:
+    """vLLM's wrapper turns requests into virtual ones, and the table with them."""
+    from vllm.model_executor.layers.attention.chunked_local_attention import (
+        create_chunked_local_attention_backend,
+    )
+
+    inputs = build_inputs(AttnCase(scenario="mixed_small"), device)
+    driver = driven(inputs.case, device)
+    wrapper = create_chunked_local_attention_backend(XFormersAttentionBackend, 16)
+    own = driver.builder
+    builder = wrapper.get_builder_cls()(
+        own.kv_cache_spec, own.layer_names, own.vllm_config, own.device
+    )
+    common = common_metadata(inputs)
+    other = dataclasses.replace(common, block_table_tensor=common.block_table_tensor + 7)
+    updated = builder.update_block_table(
+        builder.build(0, common), other.block_table_tensor, other.slot_mapping
+    )
+    assert_same(updated, builder.build(0, other))
+
+
+def test_drafting_after_verification_equals_a_build(device: torch.device, record: Recorder) -> None:
+    """One token to a request, and the host knows lengths as if every draft had been accepted."""
+    inputs = build_inputs(AttnCase(scenario="small_decode"), device)
+    driver = driven(inputs.case, device, threshold=5)
+    common = common_metadata(inputs)
+    bound = common.seq_lens_cpu_upper_bound + 3
+    common = dataclasses.replace(
+        common, seq_lens_cpu_upper_bound=bound, max_seq_len=int(bound.max())
+    )
+    drafting = driver.builder.build_for_drafting(common_attn_metadata=common, draft_index=1)
+    assert_same(drafting, driver.builder.build(0, common, fast_build=True))
+    assert [phase.batch.phase for phase in drafting.phases] == [DECODE]
+    check_against_reference(inputs, attended(driver, inputs, drafting), record)
+
+
+@pytest.mark.parametrize("name", ["decodes", "padded", "verification"])
+def test_metadata_of_a_capture_serves_later_batches(
+    name: str, device: torch.device, record: Recorder
+) -> None:
+    """Captured with whole prompts of the queries' length, as vLLM's dummy batch has them; at a
+    replay nothing but the buffers that it was built over has changed."""
+    case, threshold, _ = STEPS[name]
+    inputs = build_inputs(case, device)
+    driver = driven(case, device, threshold)
+    common = common_metadata(inputs)
+    buffers = {
+        field: getattr(common, field).clone()
+        for field in ("query_start_loc", "seq_lens", "block_table_tensor", "slot_mapping")
+    }
+    query_len = common.max_query_len
+    whole = torch.full_like(common.seq_lens_cpu_upper_bound, query_len)
+    starts = torch.arange(common.num_reqs + 1, dtype=torch.int32) * query_len
+    captured = dataclasses.replace(
+        common,
+        **buffers,
+        query_start_loc_cpu=starts,
+        seq_lens_cpu_upper_bound=whole,
+        num_actual_tokens=int(starts[-1]),
+        max_seq_len=1024,
+    )
+    captured.seq_lens.copy_(whole)
+    captured.query_start_loc.copy_(starts)
+    captured.block_table_tensor.zero_()
+    captured.slot_mapping.fill_(-1)
+    metadata = driver.builder.build_for_cudagraph_capture(captured)
+    (phase,) = metadata.phases
+    assert phase.batch.phase == DECODE
+    # Keys of the step alone would do for the dummy batch, and for no other.
+    assert not phase.batch.fresh
+    assert phase.batch.max_seq_len == captured.max_seq_len
+    for field, buffer in buffers.items():
+        buffer.copy_(getattr(common, field))
+    check_against_reference(inputs, attended(driver, inputs, metadata), record)
