@@ -15,6 +15,7 @@ __all__ = [
     "check_against_reference",
     "check_cache",
     "check_inputs_unchanged",
+    "check_lse",
     "check_output",
     "check_padding",
     "raw",
@@ -100,6 +101,32 @@ def check_against_reference(inputs: AttnInputs, outcome: Outcome, record: Record
     """
     verdict = check_output(inputs, outcome, expected(inputs, outcome.query))
     record(elements=verdict.elements, share=verdict.share)
+
+
+def check_lse(lse: torch.Tensor, expected: Expected) -> Verdict:
+    """Every (token, head) of the LSE within its budget.
+
+    Args:
+        lse: [num_tokens, num_heads], natural logarithms, any float dtype.
+
+    Raises:
+        Mismatch: with the worst one, both values and the budget.
+    """
+    got = lse.double()
+    # Where a query sees nothing both are minus infinity, whose difference is no number.
+    error = torch.where(got == expected.lse, 0.0, (got - expected.lse).abs())
+    share = (error / expected.lse_budget).nan_to_num(nan=float("inf"))
+    worst = int(share.argmax())
+    if float(share.max()) > LIMIT:
+        token, head = (int(i) for i in torch.unravel_index(torch.tensor(worst), share.shape))
+        raise Mismatch(
+            f"LSE is not the reference's: {int((share > LIMIT).sum())} of {share.numel()} beyond"
+            f" budget, worst: row {token}, head {head}\n"
+            f"  candidate {float(got[token, head])!r}\n"
+            f"  reference {float(expected.lse[token, head])!r}\n"
+            f"  budget    {float(expected.lse_budget[token, head])!r}"
+        )
+    return Verdict(share.numel(), float(share.max()))
 
 
 def check_padding(inputs: AttnInputs, outcome: Outcome) -> None:

@@ -209,12 +209,9 @@ class ReportPlugin:
         tier = {"cpu": "cpu", "gpu": "gpu", "long": "gpu"}.get(option.markexpr)
         if tier is None or option.keyword or option.case:
             return ""
-        passed = {
-            result.case
-            for result in self.results
-            if result.status == "passed" and result.test == "test_output_matches_reference"
-        }
-        return coverage_line(tier, passed)
+        asked = [r for r in self.results if r.test == "test_output_matches_reference"]
+        passed = {result.case for result in asked if result.status == "passed"}
+        return coverage_line(tier, passed) if asked else ""
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if not self.results:

@@ -31,6 +31,7 @@ from tests.harness.compare import (
     Mismatch,
     check_cache,
     check_inputs_unchanged,
+    check_lse,
     check_output,
     check_padding,
 )
@@ -135,6 +136,31 @@ def test_a_comparison_of_nothing_fails() -> None:
     outcome = Outcome(new_output(inputs)[:0], truth.storage)
     with pytest.raises(Mismatch, match="nothing was compared"):
         check_output(inputs, outcome, nothing)
+
+
+# The LSE.
+
+
+@pytest.mark.parametrize("bad", [4.0, -math.inf, math.inf, math.nan])
+def test_a_wrong_lse_is_named(bad: float) -> None:
+    """Times its budget off, or no number."""
+    _, truth = _small()
+    lse = truth.lse.clone()
+    assert check_lse(lse.float(), truth).share < 1
+    lse[5, 2] += bad * truth.lse_budget[5, 2]
+    with pytest.raises(Mismatch, match="1 of 72 beyond budget, worst: row 5, head 2\n") as caught:
+        check_lse(lse, truth)
+    assert f"candidate {float(lse[5, 2])!r}" in str(caught.value)
+
+
+def test_the_lse_of_nothing_seen_is_minus_infinity() -> None:
+    _, truth = _small()
+    nothing = truth.lse.clone()
+    nothing[3] = -math.inf
+    blind = dataclasses.replace(truth, lse=nothing)
+    assert check_lse(nothing, blind).share == 0
+    with pytest.raises(Mismatch, match="row 3, head 0"):
+        check_lse(truth.lse, blind)
 
 
 # Padding.
