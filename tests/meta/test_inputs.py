@@ -26,56 +26,36 @@ from fixtures.inputs import (
 )
 from fixtures.scenarios import SCENARIOS
 from tests.harness.oracle import expected, written_cache
+from tests.harness.samples import SAMPLES, mixed
 
-# Small, with every feature somewhere; each is a batch of several requests unless it says so.
-CASES: dict[str, dict[str, Any]] = {
-    "plain": {"scenario": "mixed_spec"},
-    "edges": {"scenario": "edge_chunked"},
-    "decode": {"scenario": "edge_decode"},
-    "no_query": {"scenario": "mixed_empty"},
-    "prefill": {"scenario": "fresh_prefill"},
-    "block32": {"scenario": "mixed_spec", "block_size": 32},
-    "block1": {"scenario": "mixed_small", "block_size": 1},
-    "window1": {"scenario": "edge_chunked", "sliding_window": 1},
-    "window17": {"scenario": "mixed_spec", "sliding_window": 17},
-    "window_decode": {"scenario": "edge_decode", "sliding_window": 33},
-    "window_past_context": {"scenario": "mixed_spec", "sliding_window": 4096},
-    "noncausal_window": {
-        "scenario": "mixed_spec",
-        "attention": "noncausal",
-        "sliding_window": 11,
-    },
-    "softcap": {"scenario": "mixed_spec", "softcap": 30.0},
-    "alibi": {"scenario": "mixed_spec", "alibi": True},
-    "sinks": {"scenario": "mixed_spec", "sinks": True},
-    "fp8_e4m3": {"scenario": "mixed_spec", "kv_dtype": "fp8_e4m3"},
-    "fp8_e5m2_window": {"scenario": "mixed_spec", "kv_dtype": "fp8_e5m2", "sliding_window": 17},
-    "bf16": {"scenario": "mixed_spec", "dtype": "bf16"},
-    "fp32": {"scenario": "mixed_spec", "dtype": "fp32"},
-    "extreme": {"scenario": "mixed_spec", "logits": "extreme"},
-    "extreme_softcap": {"scenario": "mixed_spec", "logits": "extreme", "softcap": 30.0},
-    "fused_qkv": {"scenario": "mixed_spec", "fused_qkv": True},
-    "fused_qkv_padded": {"scenario": "mixed_spec", "fused_qkv": True, "pad_tokens": 5},
-    "kv_sharing": {"scenario": "mixed_spec", "kv_sharing": True},
-    "kv_sharing_window": {"scenario": "mixed_spec", "kv_sharing": True, "sliding_window": 17},
-    "padded": {"scenario": "edge_decode", "pad_reqs": 3, "pad_tokens": 4},
-    "shared_prefix": {"scenario": "mixed_deep", "shared_prefix": True},
-    "shared_prefix_window": {
-        "scenario": "mixed_deep",
-        "shared_prefix": True,
-        "sliding_window": 17,
-    },
-    "encoder": {"scenario": "encoder_small", "attention": "encoder"},
-    "cross": {"scenario": "cross_small", "attention": "cross"},
-    **{f"layout_{name}": {"scenario": "mixed_spec", "kv_layout": name} for name in KV_LAYOUTS},
+# Each is a batch of several requests.
+CASES: dict[str, AttnCase] = {
+    **SAMPLES,
+    "edges": AttnCase(scenario="edge_chunked"),
+    "prefill": AttnCase(scenario="fresh_prefill"),
+    "block32": mixed(block_size=32),
+    "block1": AttnCase(scenario="mixed_small", block_size=1),
+    "window_decode": AttnCase(scenario="edge_decode", sliding_window=33),
+    "window_past_context": mixed(sliding_window=4096),
+    "fp8_e5m2_window": mixed(kv_dtype="fp8_e5m2", sliding_window=17),
+    "bf16": mixed(dtype="bf16"),
+    "fp32": mixed(dtype="fp32"),
+    "fused_qkv": mixed(fused_qkv=True),
+    "fused_qkv_padded": mixed(fused_qkv=True, pad_tokens=5),
+    "kv_sharing": mixed(kv_sharing=True),
+    "kv_sharing_window": mixed(kv_sharing=True, sliding_window=17),
+    "padded": AttnCase(scenario="edge_decode", pad_reqs=3, pad_tokens=4),
+    "shared_prefix": AttnCase(scenario="mixed_deep", shared_prefix=True),
+    "shared_prefix_window": AttnCase(scenario="mixed_deep", shared_prefix=True, sliding_window=17),
+    **{f"layout_{name}": mixed(kv_layout=name) for name in KV_LAYOUTS},
 }
 # Those whose context lies in a cache of their own.
-OWN_BLOCKS = [name for name, fields in CASES.items() if not fields.get("shared_prefix")]
+OWN_BLOCKS = [name for name, case in CASES.items() if not case.shared_prefix]
 CACHED = [name for name in CASES if name not in ("encoder", "cross")]
 
 
 def _case(name: str, **changes: Any) -> AttnCase:
-    return AttnCase(**{**CASES[name], **changes})
+    return CASES[name].replace(**changes)
 
 
 def _tensors(inputs: AttnInputs) -> dict[str, torch.Tensor]:
@@ -292,7 +272,7 @@ def test_a_shared_prefix_is_the_same_blocks_one_of_them_twice() -> None:
     assert not set(rest) & set(table[0][:shared])
 
 
-@pytest.mark.parametrize("name", [name for name in CACHED if CASES[name].get("sliding_window")])
+@pytest.mark.parametrize("name", [name for name in CACHED if CASES[name].sliding_window])
 def test_blocks_before_the_window_are_freed(name: str) -> None:
     """Their entries are the null block, and all other entries are not."""
     case = _case(name)
@@ -445,7 +425,7 @@ FEATURES: tuple[dict[str, Any], ...] = (
 
 def _broad() -> list[AttnCase]:
     """Every scenario but the longest with each of these, and the cases above."""
-    cases = [AttnCase(**fields) for fields in CASES.values()]
+    cases = list(CASES.values())
     for scenario in SCENARIOS:
         kind = scenario.partition("_")[0]
         attention = kind if kind in ("encoder", "cross") else "decoder"

@@ -4,7 +4,6 @@ The other side, that wrong answers leave it, is tests/meta/test_budget.py.
 """
 
 import functools
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from fixtures.inputs import TORCH_DTYPES, build_inputs
 from reference.lowprec import attend_lowprec
 from tests.harness.oracle import expected, requests, semantics, written_cache
 from tests.harness.perturb import worst_share
+from tests.harness.samples import SAMPLES, mixed
 
 # The budget is SIGMAS = 6 standard deviations, and the worst of the 1e5 or so elements looked at
 # lies at about 4.4 of them: 0.7, were every bound met. Bounds are loose by small factors (an
@@ -26,57 +26,41 @@ FLOOR = {
     "fp32": 1 / 50,
 }
 
-CASES: dict[str, dict[str, Any]] = {
-    "decode": {"scenario": "edge_decode"},
-    "prefill": {"scenario": "tall_prefill"},
-    "mixed": {"scenario": "mixed_spec"},
-    "ragged": {"scenario": "spec_ragged"},
-    "long": {"scenario": "long8k_decode"},
-    "one_key": {"scenario": "single_token"},
-    "one_key_sinks": {"scenario": "single_token", "sinks": True},
-    "no_query": {"scenario": "mixed_empty"},
-    "mqa": {"scenario": "mixed_spec", "num_kv_heads": 1},
-    "mha": {"scenario": "mixed_spec", "num_kv_heads": 8},
-    "head16": {"scenario": "mixed_spec", "head_size": 16},
-    "head128": {"scenario": "mixed_spec", "head_size": 128},
-    "window1": {"scenario": "edge_chunked", "sliding_window": 1},
-    "window17": {"scenario": "tall_prefill", "sliding_window": 17},
-    "softcap": {"scenario": "mixed_spec", "softcap": 30.0},
-    "small_softcap": {"scenario": "mixed_spec", "softcap": 2.0},
-    "alibi": {"scenario": "mixed_spec", "alibi": True},
-    "alibi_sqrt": {"scenario": "mixed_spec", "alibi": True, "alibi_sqrt": True},
-    "sinks": {"scenario": "mixed_spec", "sinks": True},
-    "sinks_window": {"scenario": "tall_prefill", "sinks": True, "sliding_window": 17},
-    "fp8_e4m3": {"scenario": "mixed_spec", "kv_dtype": "fp8_e4m3"},
-    "fp8_e5m2": {"scenario": "mixed_spec", "kv_dtype": "fp8_e5m2"},
-    "extreme": {"scenario": "mixed_spec", "logits": "extreme"},
-    "extreme_softcap": {"scenario": "mixed_spec", "logits": "extreme", "softcap": 30.0},
-    "extreme_sinks": {"scenario": "mixed_spec", "logits": "extreme", "sinks": True},
+CASES: dict[str, AttnCase] = {
+    **SAMPLES,
+    "prefill": AttnCase(scenario="tall_prefill"),
+    "ragged": AttnCase(scenario="spec_ragged"),
+    "long": AttnCase(scenario="long8k_decode"),
+    "one_key": AttnCase(scenario="single_token"),
+    "one_key_sinks": AttnCase(scenario="single_token", sinks=True),
+    "mqa": mixed(num_kv_heads=1),
+    "mha": mixed(num_kv_heads=8),
+    "head16": mixed(head_size=16),
+    "head128": mixed(head_size=128),
+    "small_softcap": mixed(softcap=2.0),
+    "alibi_sqrt": mixed(alibi=True, alibi_sqrt=True),
+    "tall_window": AttnCase(scenario="tall_prefill", sliding_window=17),
+    "sinks_window": AttnCase(scenario="tall_prefill", sinks=True, sliding_window=17),
+    "fp8_e5m2": mixed(kv_dtype="fp8_e5m2"),
+    "extreme_sinks": mixed(logits="extreme", sinks=True),
     # All but one key's probabilities are 0 beside the sink's, and that one's is 1e-53.
-    "underflow": {
-        "query_lens": (34,),
-        "seq_lens": (169,),
-        "num_heads": 1,
-        "num_kv_heads": 1,
-        "head_size": 8,
-        "sinks": True,
-        "logits": "extreme",
-    },
-    "noncausal": {"scenario": "chunked_prefill", "attention": "noncausal"},
-    "noncausal_window": {
-        "scenario": "chunked_prefill",
-        "attention": "noncausal",
-        "sliding_window": 11,
-    },
-    "encoder": {"scenario": "encoder_small", "attention": "encoder"},
-    "cross": {"scenario": "cross_small", "attention": "cross"},
+    "underflow": AttnCase(
+        query_lens=(34,),
+        seq_lens=(169,),
+        num_heads=1,
+        num_kv_heads=1,
+        head_size=8,
+        sinks=True,
+        logits="extreme",
+    ),
+    "noncausal": AttnCase(scenario="chunked_prefill", attention="noncausal"),
 }
 
 
 @functools.cache
 def _shares(name: str, dtype: str) -> tuple[float, float, float]:
     """The worst shares of the output's, the lse's, and the summed error's budget."""
-    case = AttnCase(**{"dtype": dtype, **CASES[name]})
+    case = CASES[name].replace(dtype=dtype)
     inputs = build_inputs(case)
     truth = expected(inputs)
     output, lse = torch.zeros_like(truth.output), torch.zeros_like(truth.lse)
