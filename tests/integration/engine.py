@@ -37,8 +37,9 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # Eager all through: compiling one small function for the logprobs takes seconds.
     "TORCHDYNAMO_DISABLE": "1",
-    # The same of the n-gram speculator.
+    # The same of the n-gram speculator; and its threads would be torch's too, and slow it down.
     "NUMBA_DISABLE_JIT": "1",
+    "NUMBA_NUM_THREADS": "1",
 }
 # What vLLM may spend on the cache; it spends what `Run.cached_tokens` needs.
 CACHE_BYTES = 2 << 30
