@@ -92,7 +92,7 @@ class Exhibit:
     message: str
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)
 def _inputs(case: AttnCase) -> AttnInputs:
     return build_inputs(case, CPU)
 

@@ -1,0 +1,568 @@
+"""Generated faults: which small changes of the source the suite's own tests notice.
+
+    python -m tests.museum.mutants --json docs/results/mutants.json
+
+Each mutant (`tests.museum.mutate`) is put in place of its module in a process of its own, which
+the conformance tests are then run in, the very functions, on a few cases of the cpu tier; what
+these do not notice, the suite's other tests of that module are asked about. Triton kernels run in
+Triton's interpreter.
+"""
+
+import argparse
+import contextlib
+import datetime
+import hashlib
+import importlib.util
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from tests.harness.environment import prepare  # noqa: E402
+
+prepare()
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from fixtures.cases import AttnCase  # noqa: E402
+from fixtures.tables import TIERS, Row, rows, work  # noqa: E402
+from tests.harness.candidate import Refused, drive, load_candidate  # noqa: E402
+from tests.harness.report import environment  # noqa: E402
+from tests.museum.kill import (  # noqa: E402
+    CPU,
+    KILLED,
+    KINDS,
+    PASSED,
+    REFUSED,
+    SURVIVED,
+    Attempt,
+    applies,
+    asked_in,
+    attempt,
+)
+from tests.museum.mutate import Mutant, MutantError, Without, mutants_of  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results" / "mutants.json"
+EQUIVALENT = Path(__file__).parent / "equivalent.toml"
+CRASHED, TIMEOUT = "crashed", "timeout"
+# What a process that runs into its alarm is given, over what the truth takes.
+SLOWER, LEAST_SECONDS = 10, 10
+# Rows of more work than this take Triton's interpreter too long.
+HEAVY = 4e7
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A candidate as --candidate names it, and XFV1_OPS for it."""
+
+    candidate: str
+    ops: str = ""
+
+
+TORCH = Lane("xfv1", "torch")
+OWN = Lane("xfv1", "triton")
+SPLITK = Lane("xfv1", "xformers_splitk,triton")
+GATHERED = Lane("tests.museum.twins:Gathered")
+LOWPREC = Lane("tests.museum.twins:Lowprec")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module to change. lanes: what runs it. tests: asked where the lanes notice nothing, as
+    pytest takes them. one_in: of its mutants every so many-th is run, by its id's hash."""
+
+    module: str
+    lanes: tuple[Lane, ...]
+    tests: tuple[str, ...] = ()
+    one_in: int = 1
+
+
+TARGETS = (
+    Target("xfv1.metadata", (TORCH, SPLITK, GATHERED), one_in=2),
+    Target("xfv1.impl", (TORCH, SPLITK), ("tests/integration/test_dispatch.py",), one_in=2),
+    Target("xfv1.dispatch", (TORCH,), ("tests/integration/test_dispatch.py",)),
+    Target("xfv1.compat", (TORCH,)),
+    Target("xfv1.ops.torch_cpu", (TORCH,), ("tests/integration/test_lse.py",), one_in=2),
+    Target("xfv1.ops.triton_paged", (OWN,)),
+    Target("xfv1.kernels.paged", (OWN,), ("tests/integration/test_lse.py",), one_in=4),
+    Target("xfv1.ops.xformers_splitk", (SPLITK,)),
+    Target("xfv1.ops.xformers_base", (SPLITK, GATHERED), ("tests/integration/test_lse.py",)),
+    Target("xfv1.ops.gather", (GATHERED,)),
+    Target("reference.lowprec", (LOWPREC,), ("tests/oracle/test_lowprec.py",)),
+)
+_GPU = "a GPU's, or another vLLM's"
+_TILING = "how the work is cut decides how fast it is, and no answer"
+WITHOUT = (
+    Without("xfv1.compat", "check_version", "what is logged"),
+    Without("xfv1.compat", "log_once", "what is logged"),
+    Without("xfv1.compat", "device_kind", _GPU),
+    Without("xfv1.compat", "fp8_dtype", _GPU),
+    Without("xfv1.compat", "stride_order", _GPU),
+    Without("xfv1.compat", "write_kv", _GPU, "raw = *"),
+    Without("xfv1.compat", "write_kv", _GPU, "_custom_ops.*"),
+    Without("xfv1.compat", "write_kv", _GPU, "key.device.type == 'cuda'"),
+    Without("xfv1.kernels.paged", "*_config", _TILING),
+    Without("xfv1.kernels.paged", "_row_tile", _TILING),
+    Without("xfv1.kernels.paged", "_num_sms", _TILING),
+    Without("xfv1.kernels.paged", "Workspace.*", "not used by a backend"),
+    *(
+        Without("xfv1.kernels.paged", "paged_attention", _TILING, f"{name} = *")
+        for name in ("decode", "config", "choose", "num_keys", "per_sm", "programs", "target")
+    ),
+    Without("xfv1.kernels.paged", "paged_attention", _TILING, "num_splits = -(*"),
+    Without("xfv1.kernels.paged", "paged_attention", _TILING, "num_splits = min(*"),
+    Without("xfv1.kernels.paged", "paged_attention", _TILING, "num_warps=4"),
+    Without("xfv1.kernels.paged", "paged_attention", _TILING, "BLOCK_S=16"),
+)
+
+
+def chosen(target: Target) -> list[Mutant]:
+    """The mutants of a module that are run."""
+    found = mutants_of(target.module, WITHOUT)
+    return [m for m in found if _digest(m.id) % target.one_in == 0]
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+# Which cases.
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A case for a lane."""
+
+    lane: Lane
+    row: Row
+
+
+def features(case: AttnCase) -> frozenset[str]:
+    """What a case has of all that code may have a branch for."""
+    lens = list(zip(case.query_lens, case.seq_lens, strict=True))
+    uniform = len(set(case.query_lens)) == 1
+    facts = {
+        case.kind: True,
+        case.heads_word: True,
+        case.attention: True,
+        case.kv_layout: True,
+        case.dtype: True,
+        case.kv_dtype: True,
+        f"window of {case.kind}": case.sliding_window is not None,
+        f"window, {case.attention}": case.sliding_window is not None,
+        "softcap": case.softcap is not None,
+        "softcap in float32": case.softcap is not None and case.dtype == "fp32",
+        "alibi": case.alibi,
+        "alibi_sqrt": case.alibi_sqrt,
+        f"sinks of {case.kind}": case.sinks,
+        "sinks and splits": case.sinks and max(case.seq_lens) >= 512,
+        "fp8 and splits": case.kv_dtype != "auto" and max(case.seq_lens) >= 512,
+        "window and splits": case.sliding_window is not None
+        and case.sliding_window > 256
+        and max(case.seq_lens) >= 512,
+        "splits": max(case.seq_lens) >= 512,
+        "splits, uneven": max(case.seq_lens) >= 512 and min(case.seq_lens) <= 256,
+        "verification": uniform and 1 < case.query_lens[0] <= 16,
+        "ragged verification": not uniform and 1 not in case.query_lens,
+        "padded requests": case.pad_reqs > 0,
+        "padded tokens": case.pad_tokens > 0,
+        "no query": 0 in case.query_lens,
+        "fresh": all(q == k for q, k in lens),
+        "fresh beside decodes": case.kind == "mixed" and any(q == k > 1 for q, k in lens),
+        "many requests": len(lens) > 16,
+        "long prefill": max(case.query_lens) > 64,
+        "kv_sharing": case.kv_sharing,
+        "shared_prefix": case.shared_prefix,
+        "fused_qkv": case.fused_qkv,
+        "extreme": case.logits == "extreme",
+        "head size padded": case.head_size & (case.head_size - 1) != 0,
+        "head in two parts": case.head_size in (192, 224),
+        "small head": case.head_size < 64,
+        "blocks of a tile's size or more": case.block_size >= 64,
+    }
+    return frozenset(name for name, has in facts.items() if has)
+
+
+def cases_for(lane: Lane) -> list[Row]:
+    """A few rows of the cpu tier that together have every feature there is in those that the lane
+    serves: by and by the one that adds most for its work."""
+    left = [row for row in rows() if row.tier in TIERS[:2] and work(row.case) < HEAVY]
+    left = [row for row in left if _served(lane, row.case)]
+    missing = frozenset().union(*(features(row.case) for row in left))
+    found: list[Row] = []
+    while missing:
+        best = max(left, key=lambda row: len(features(row.case) & missing) / _cost(row.case))
+        found.append(best)
+        missing -= features(best.case)
+    return found
+
+
+def _cost(case: AttnCase) -> float:
+    """What a case takes, about: something for each request and head, and its products."""
+    return 1.0 + len(case.query_lens) * case.num_kv_heads / 8 + work(case) / 4e6
+
+
+def _served(lane: Lane, case: AttnCase) -> bool:
+    os.environ["XFV1_OPS"] = lane.ops
+    try:
+        drive(load_candidate(lane.candidate), case, CPU)
+    except Refused:
+        return False
+    return True
+
+
+def asked(ask: Ask) -> list[str]:
+    """The kinds of test that the cpu tier asks of a case."""
+    return [k for k in KINDS if applies(k, ask.row.case) and asked_in(k, ask.row) in TIERS[:2]]
+
+
+def ask_once(ask: Ask, kind: str) -> Attempt:
+    os.environ["XFV1_OPS"] = ask.lane.ops
+    return attempt(load_candidate(ask.lane.candidate), kind, ask.row.case)
+
+
+# One mutant.
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a mutant. verdict: killed, survived, crashed or timeout. kind: of the test
+    that noticed it, or a file of tests. kinds: all that notice it on that case. equivalent: why
+    nothing can."""
+
+    id: str
+    module: str
+    function: str
+    before: str
+    after: str
+    verdict: str
+    kind: str = ""
+    kinds: list[str] = field(default_factory=list)
+    lane: str = ""
+    case: str = ""
+    seconds: float = 0.0
+    message: str = ""
+    equivalent: str = ""
+
+    @property
+    def noticed(self) -> bool:
+        return self.verdict != SURVIVED
+
+
+class _Finder:
+    """Loads one module from another file."""
+
+    def __init__(self, module: str, path: Path) -> None:
+        self.module, self.path = module, path
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self.module:
+            return None
+        return importlib.util.spec_from_file_location(name, self.path)
+
+
+def put_in_place(mutant: Mutant, folder: Path) -> None:
+    """From now on this process's xfv1, and what is built on it, has the mutant.
+
+    The source lies in a file, because Triton reads its kernels' from there.
+    """
+    stale = ("xfv1", "reference.lowprec", "tests.museum.faults", "tests.museum.twins")
+    for name in list(sys.modules):
+        if any(name == top or name.startswith(f"{top}.") for top in stale):
+            del sys.modules[name]
+    path = folder / f"{mutant.module.rpartition('.')[2]}.py"
+    path.write_text(mutant.source)
+    sys.dont_write_bytecode = True
+    sys.meta_path.insert(0, _Finder(mutant.module, path))  # type: ignore[arg-type]
+
+
+Say = Callable[[dict[str, Any]], None]
+
+
+def examine(target: Target, asks: Sequence[Ask], usual: dict[Any, float], say: Say) -> None:
+    """Ask about the mutant that is in place, until something notices it.
+
+    Every case whether its output is right first, which most are noticed by, then all else.
+    """
+    plan = [(ask, "output") for ask in asks]
+    plan += [(ask, kind) for ask in asks for kind in asked(ask) if kind != "output"]
+    for ask, kind in plan:
+        say({"kind": kind, "lane": ask.lane.ops or ask.lane.candidate, "case": ask.row.case.id})
+        _alarm(usual[ask, kind])
+        made = ask_once(ask, kind)
+        if made.outcome == PASSED:
+            continue
+        verb = "refused: " if made.outcome == REFUSED else ""
+        say({"verdict": KILLED, "kinds": [kind], "message": verb + made.message})
+        if made.outcome == KILLED:
+            noticing = [kind]
+            for other in asked(ask):
+                if other != kind:
+                    _alarm(usual[ask, other])
+                    if ask_once(ask, other).outcome == KILLED:
+                        noticing.append(other)
+            say({"kinds": [k for k in KINDS if k in noticing]})
+        return
+    for tests in target.tests:
+        kind = Path(tests).stem
+        say({"kind": kind, "lane": "", "case": ""})
+        _alarm(usual[tests])
+        if message := failing(tests):
+            say({"verdict": KILLED, "kinds": [kind], "message": message})
+            return
+    say({"verdict": SURVIVED, "kind": "", "lane": "", "case": ""})
+
+
+def failing(tests: str) -> str:
+    """The first of pytest's tests that fails, or nothing."""
+    seen: list[str] = []
+
+    class Watch:
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            if report.failed:
+                seen.append(report.nodeid.rpartition("::")[2])
+
+        def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+            if report.failed:
+                seen.append(f"collecting {report.nodeid}")
+
+    os.environ.pop("XFV1_OPS", None)
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
+        code = pytest.main([*options, f"--report={folder}", tests], plugins=[Watch()])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not seen:
+        seen.append(f"pytest ended with {code!r}")
+    return seen[0] if seen else ""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        yield
+
+
+def _alarm(usual: float) -> None:
+    signal.alarm(int(LEAST_SECONDS + SLOWER * usual))
+
+
+def in_a_child(mutant: Mutant, work: Callable[[Say], None]) -> Verdict:
+    """Do it in a forked process; what it says, and how it ends, is the verdict."""
+    start = time.perf_counter()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+
+        def say(facts: dict[str, Any]) -> None:
+            os.write(writer, (json.dumps(facts) + "\n").encode())
+
+        code = 1
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                put_in_place(mutant, Path(folder))
+                work(say)
+            code = 0
+        except BaseException as error:
+            say({"verdict": CRASHED, "message": f"{type(error).__name__}: {error}"[:300]})
+        finally:
+            os._exit(code)
+    os.close(writer)
+    facts: dict[str, Any] = {}
+    with os.fdopen(reader) as said:
+        for line in said:
+            facts |= json.loads(line)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status) and "verdict" not in facts:
+        stopped = os.WTERMSIG(status)
+        facts["verdict"] = TIMEOUT if stopped == signal.SIGALRM else CRASHED
+        facts["message"] = signal.Signals(stopped).name
+        facts["kinds"] = [facts["kind"]]
+    seconds = round(time.perf_counter() - start, 2)
+    of = {n: getattr(mutant, n) for n in ("id", "module", "function", "before", "after")}
+    return Verdict(**of, **facts, seconds=seconds)
+
+
+# All of them.
+
+
+@dataclass
+class Plan:
+    """Each target's cases, and how long the truth takes for each test."""
+
+    asks: dict[str, list[Ask]]
+    usual: dict[Any, float]
+
+
+def prepared(targets: Iterable[Target]) -> Plan:
+    """Choose the cases, and run the source as it is through all that its mutants may be asked.
+
+    Raises:
+        RuntimeError: if it fails a test: nothing then is said by a mutant that fails it.
+    """
+    plan = Plan({}, {})
+    by_lane: dict[Lane, list[Ask]] = {}
+    for target in targets:
+        for lane in target.lanes:
+            if lane not in by_lane:
+                by_lane[lane] = [Ask(lane, row) for row in cases_for(lane)]
+                for ask in by_lane[lane]:
+                    for kind in asked(ask):
+                        made = ask_once(ask, kind)
+                        if made.outcome != PASSED:
+                            raise RuntimeError(f"{lane} without a mutant: {made}")
+                        plan.usual[ask, kind] = made.seconds
+        plan.asks[target.module] = [ask for lane in target.lanes for ask in by_lane[lane]]
+        for tests in target.tests:
+            # In a process of its own, for a mutant's to import the tests anew.
+            plan.usual.setdefault(tests, _seconds_of(tests))
+    return plan
+
+
+def _seconds_of(tests: str) -> float:
+    none = Mutant("none", "none", "", "", "", "")
+
+    def work(say: Say) -> None:
+        message = failing(tests)
+        say({"verdict": KILLED if message else SURVIVED, "message": message})
+
+    found = in_a_child(none, work)
+    if found.verdict != SURVIVED:
+        raise RuntimeError(f"{tests} without a mutant: {found.message}")
+    return found.seconds
+
+
+def explained() -> dict[str, str]:
+    """By id of a mutant, why no answer changes."""
+    reasons = {}
+    for entry in tomllib.loads(EQUIVALENT.read_text()).get("equivalent", []):
+        if set(entry) != {"reason", "ids"} or not entry["reason"] or not entry["ids"]:
+            raise MutantError(f"{EQUIVALENT.name}: {entry}: expected a reason and ids")
+        for name in entry["ids"]:
+            if name in reasons:
+                raise MutantError(f"{EQUIVALENT.name}: {name} is there twice")
+            reasons[name] = entry["reason"]
+    return reasons
+
+
+def run(mutants: Sequence[tuple[Target, Mutant]], plan: Plan) -> Iterator[Verdict]:
+    reasons = explained()
+    for target, mutant in mutants:
+        asks = plan.asks[target.module]
+        found = in_a_child(mutant, lambda say: examine(target, asks, plan.usual, say))  # noqa: B023
+        why = reasons.get(mutant.id, "")
+        yield Verdict(**{**asdict(found), "equivalent": why})
+
+
+def problems(verdicts: Sequence[Verdict], targets: Iterable[Target]) -> list[str]:
+    """What is not as equivalent.toml says."""
+    known = {m.id for target in targets for m in mutants_of(target.module, WITHOUT)}
+    modules = {target.module for target in targets}
+    wrong = [
+        f"{EQUIVALENT.name}: {name} is no mutant"
+        for name in explained()
+        if name not in known and name.partition(":")[0] in modules
+    ]
+    for verdict in verdicts:
+        if verdict.noticed and verdict.equivalent:
+            wrong.append(f"said to be equivalent, and noticed by {verdict.kind}: {verdict.id}")
+        if not verdict.noticed and not verdict.equivalent:
+            wrong.append(f"survives: {verdict.id}")
+    return wrong
+
+
+def report(verdicts: Sequence[Verdict], plan: Plan, seconds: float) -> dict[str, Any]:
+    """What --json writes."""
+    files = {}
+    for target in TARGETS:
+        own = [v for v in verdicts if v.module == target.module]
+        counts = Counter(v.verdict for v in own)
+        real = [v for v in own if not v.equivalent]
+        files[target.module] = {
+            "generated": len(mutants_of(target.module, WITHOUT)),
+            "run": len(own),
+            **{name: counts[name] for name in (KILLED, CRASHED, TIMEOUT, SURVIVED)},
+            "equivalent": len(own) - len(real),
+            "rate": round(sum(v.noticed for v in real) / max(len(real), 1), 4),
+        }
+    real = [v for v in verdicts if not v.equivalent]
+    first = Counter(v.kind for v in verdicts if v.noticed)
+    alone = Counter(v.kinds[0] for v in verdicts if len(v.kinds) == 1)
+    cases = {}
+    for asks in plan.asks.values():
+        for ask in asks:
+            name = f"{ask.lane.candidate} {ask.lane.ops}".strip()
+            cases.setdefault(name, [ask.row.case.id for ask in asks if f"{ask.lane.candidate} {ask.lane.ops}".strip() == name])
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **environment(),
+        "seconds": round(seconds, 1),
+        "mutants": len(verdicts),
+        "noticed": sum(v.noticed for v in real),
+        "equivalent": len(verdicts) - len(real),
+        "rate": round(sum(v.noticed for v in real) / max(len(real), 1), 4),
+        "files": files,
+        "noticed_first_by": dict(first.most_common()),
+        "noticed_only_by": dict(alone.most_common()),
+        "without": [asdict(w) for w in WITHOUT],
+        "cases": cases,
+        "results": [asdict(v) for v in verdicts],
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 if every mutant is noticed, or is among those said to be equivalent."""
+    parser = argparse.ArgumentParser(prog="python -m tests.museum.mutants", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write a report")
+    parser.add_argument("--module", action="append", default=[], help="of these modules alone")
+    parser.add_argument("--id", action="append", default=[], help="these mutants alone")
+    parser.add_argument("--list", action="store_true", help="list them, and run none")
+    options = parser.parse_args(arguments)
+    targets = [t for t in TARGETS if t.module in (options.module or [t.module])]
+    if options.id:
+        targets = [t for t in targets if any(i.startswith(f"{t.module}:") for i in options.id)]
+    mutants = [(t, m) for t in targets for m in chosen(t)]
+    if options.id:
+        every = [(t, m) for t in targets for m in mutants_of(t.module, WITHOUT)]
+        mutants = [(t, m) for t, m in every if m.id in options.id]
+    if options.list:
+        print("\n".join(mutant.id for _, mutant in mutants))
+        return 0
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    plan = prepared(targets)
+    print(f"{len(mutants)} mutants; the truth has passed in {time.perf_counter() - start:.0f} s")
+    for lane, asks in {a.lane: [b for b in x if b.lane == a.lane] for x in plan.asks.values() for a in x}.items():
+        for ask in asks:
+            t = sum(plan.usual[ask, k] for k in asked(ask))
+            print("   ", lane, ask.row.case.id, f"{plan.usual[ask, 'output']:.2f} {t:.2f}")
+    verdicts = []
+    for verdict in run(mutants, plan):
+        verdicts.append(verdict)
+        known = " (equivalent)" if verdict.equivalent else ""
+        print(f"{verdict.verdict:9}{verdict.kind or '-':14}{verdict.seconds:7.1f}  {verdict.id}{known}", flush=True)
+    content = report(verdicts, plan, time.perf_counter() - start)
+    wrong = problems(verdicts, targets)
+    print("\n".join(wrong))
+    print(
+        f"{content['noticed']} of {content['mutants'] - content['equivalent']} mutants noticed"
+        f" ({content['rate']:.1%}), {content['equivalent']} equivalent; {content['seconds']} s"
+    )
+    if options.json:
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

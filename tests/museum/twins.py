@@ -1,0 +1,69 @@
+"""Thin backends around code that no backend reaches on a CPU, to put it through the suite."""
+
+from typing import Any
+
+import torch
+
+from reference.lowprec import attend_lowprec
+from tests.museum.faults import MuseumImpl, Plain, PlainOp, exp_minus, pieces, weigh
+from xfv1.ops.base import DECODE, ENCODER, Call
+from xfv1.ops.gather import contiguous_bias, contiguous_kv
+
+
+class _LowprecOp(PlainOp):
+    """`reference.lowprec` request by request."""
+
+    def run(self, call: Call) -> None:
+        layer = call.layer
+        for piece in pieces(call):
+            key, value = self.read(piece, piece.length)
+            call.out[piece.rows], _ = attend_lowprec(
+                call.query[piece.rows],
+                key.to(layer.dtype),
+                value.to(layer.dtype),
+                scale=call.scale,
+                causal=layer.causal,
+                sliding_window=layer.sliding_window,
+                alibi_slopes=call.alibi_slopes,
+                alibi_sqrt=layer.alibi_sqrt,
+                softcap=layer.softcap,
+                sinks=call.sinks,
+            )
+
+
+class _GatheredOp(PlainOp):
+    """Prefills as xFormers' ops see them: keys by `contiguous_kv`, the mask by `contiguous_bias`."""
+
+    def run(self, call: Call) -> None:
+        batch, layer = call.batch, call.layer
+        if batch.phase == DECODE or not (batch.host_lens or batch.fresh or batch.phase == ENCODER):
+            super().run(call)
+            return
+        key, value = (x.float() for x in contiguous_kv(call))
+        rows = int(call.query_start_loc_cpu[-1])
+        mask = contiguous_bias(call).materialize((rows, len(key)), dtype=torch.float32)
+        query = call.query[:rows].float().unflatten(1, (layer.num_kv_heads, layer.group))
+        logits = torch.einsum("qhgd,khd->hgqk", query, key).flatten(0, 1) * call.scale + mask
+        weights = exp_minus(logits, logits.logsumexp(dim=-1, keepdim=True))
+        call.out[:rows] = weigh(weights, value).transpose(0, 1).to(call.out.dtype)
+
+
+class _LowprecImpl(MuseumImpl):
+    op = _LowprecOp()
+
+
+class _GatheredImpl(MuseumImpl):
+    op = _GatheredOp()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.logits_soft_cap or self.alibi_slopes is not None or self.sinks is not None:
+            raise NotImplementedError("no softcap, ALiBi or sinks, as xFormers' ops")
+
+
+class Lowprec(Plain):
+    impl = _LowprecImpl
+
+
+class Gathered(Plain):
+    impl = _GatheredImpl
