@@ -245,6 +245,7 @@ def _split(whole: Phase, decodes: int, decode_tokens: int) -> list[Phase]:
             max_query_len=query_len,
             max_seq_len=longest,
             uniform=decodes * query_len == decode_tokens,
+            host_lens=bound is not None,
         ),
         rows=slice(0, decode_tokens),
         query_start_loc=whole.query_start_loc[: decodes + 1],

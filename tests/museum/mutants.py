@@ -36,7 +36,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from fixtures.cases import AttnCase  # noqa: E402
-from fixtures.tables import TIERS, Row, rows, work  # noqa: E402
+from fixtures.tables import TIERS, Row, rows  # noqa: E402
 from tests.harness.candidate import Refused, drive, load_candidate  # noqa: E402
 from tests.harness.report import environment  # noqa: E402
 from tests.museum.kill import (  # noqa: E402
@@ -59,8 +59,10 @@ EQUIVALENT = Path(__file__).parent / "equivalent.toml"
 CRASHED, TIMEOUT = "crashed", "timeout"
 # What a process that runs into its alarm is given, over what the truth takes.
 SLOWER, LEAST_SECONDS = 10, 10
-# Rows of more work than this take Triton's interpreter too long.
-HEAVY = 4e7
+# Tiles of rows and keys, of about 16 by 32, that Triton's interpreter does in two seconds.
+HEAVY = 80
+# The first cases of a lane are asked in all ways, the others for their output.
+DEEP = 4
 
 
 @dataclass(frozen=True)
@@ -89,16 +91,19 @@ class Target:
     one_in: int = 1
 
 
+_METADATA = "tests/integration/test_metadata.py"
+_DISPATCH = "tests/integration/test_dispatch.py"
+_LSE = "tests/integration/test_lse.py"
 TARGETS = (
-    Target("xfv1.metadata", (TORCH, SPLITK, GATHERED), one_in=2),
-    Target("xfv1.impl", (TORCH, SPLITK), ("tests/integration/test_dispatch.py",), one_in=2),
-    Target("xfv1.dispatch", (TORCH,), ("tests/integration/test_dispatch.py",)),
+    Target("xfv1.metadata", (TORCH, GATHERED), (_METADATA,)),
+    Target("xfv1.impl", (TORCH, GATHERED), (_DISPATCH,)),
+    Target("xfv1.dispatch", (TORCH,), (_DISPATCH,)),
     Target("xfv1.compat", (TORCH,)),
-    Target("xfv1.ops.torch_cpu", (TORCH,), ("tests/integration/test_lse.py",), one_in=2),
-    Target("xfv1.ops.triton_paged", (OWN,)),
-    Target("xfv1.kernels.paged", (OWN,), ("tests/integration/test_lse.py",), one_in=4),
+    Target("xfv1.ops.torch_cpu", (TORCH,), (f"{_LSE} -k torch",)),
+    Target("xfv1.ops.triton_paged", (OWN,), (f"{_LSE} -k triton",)),
+    Target("xfv1.kernels.paged", (OWN,), (f"{_LSE} -k triton",), one_in=4),
     Target("xfv1.ops.xformers_splitk", (SPLITK,)),
-    Target("xfv1.ops.xformers_base", (SPLITK, GATHERED), ("tests/integration/test_lse.py",)),
+    Target("xfv1.ops.xformers_base", (GATHERED, SPLITK), (f"{_LSE} -k xformers_splitk",)),
     Target("xfv1.ops.gather", (GATHERED,)),
     Target("reference.lowprec", (LOWPREC,), ("tests/oracle/test_lowprec.py",)),
 )
@@ -143,38 +148,43 @@ def _digest(text: str) -> int:
 
 @dataclass(frozen=True)
 class Ask:
-    """A case for a lane."""
+    """A case for a lane. deep: in all ways."""
 
     lane: Lane
     row: Row
+    deep: bool
 
 
 def features(case: AttnCase) -> frozenset[str]:
     """What a case has of all that code may have a branch for."""
     lens = list(zip(case.query_lens, case.seq_lens, strict=True))
     uniform = len(set(case.query_lens)) == 1
-    facts = {
+    longest = max(case.seq_lens)
+    window = case.sliding_window or longest
+    decodes = [k for q, k in lens if q == 1]
+    # What a mask or a weight depends on, which has to be right for each kind of batch.
+    layer = {
+        "sliding_window": 1 < window < longest,
+        "softcap": case.softcap is not None,
+        "alibi": case.alibi,
+        "sinks": case.sinks,
+        "fp8": case.kv_dtype != "auto",
+        "plain": True,
+    }
+    batch = {
         case.kind: True,
-        case.heads_word: True,
         case.attention: True,
+        "splits": min(window, max(decodes, default=0)) >= 512,
+        "verification": uniform and 1 < case.query_lens[0] <= 16,
+    }
+    facts = {
+        case.heads_word: True,
         case.kv_layout: True,
         case.dtype: True,
         case.kv_dtype: True,
-        f"window of {case.kind}": case.sliding_window is not None,
-        f"window, {case.attention}": case.sliding_window is not None,
-        "softcap": case.softcap is not None,
         "softcap in float32": case.softcap is not None and case.dtype == "fp32",
-        "alibi": case.alibi,
         "alibi_sqrt": case.alibi_sqrt,
-        f"sinks of {case.kind}": case.sinks,
-        "sinks and splits": case.sinks and max(case.seq_lens) >= 512,
-        "fp8 and splits": case.kv_dtype != "auto" and max(case.seq_lens) >= 512,
-        "window and splits": case.sliding_window is not None
-        and case.sliding_window > 256
-        and max(case.seq_lens) >= 512,
-        "splits": max(case.seq_lens) >= 512,
-        "splits, uneven": max(case.seq_lens) >= 512 and min(case.seq_lens) <= 256,
-        "verification": uniform and 1 < case.query_lens[0] <= 16,
+        "window of one": window == 1 < longest,
         "ragged verification": not uniform and 1 not in case.query_lens,
         "padded requests": case.pad_reqs > 0,
         "padded tokens": case.pad_tokens > 0,
@@ -192,26 +202,31 @@ def features(case: AttnCase) -> frozenset[str]:
         "small head": case.head_size < 64,
         "blocks of a tile's size or more": case.block_size >= 64,
     }
+    facts |= {f"{a}, {b}": layer[a] and batch[b] for a in layer for b in batch}
     return frozenset(name for name, has in facts.items() if has)
 
 
 def cases_for(lane: Lane) -> list[Row]:
     """A few rows of the cpu tier that together have every feature there is in those that the lane
     serves: by and by the one that adds most for its work."""
-    left = [row for row in rows() if row.tier in TIERS[:2] and work(row.case) < HEAVY]
+    left = [row for row in rows() if row.tier in TIERS[:2] and _tiles(row.case) <= HEAVY]
     left = [row for row in left if _served(lane, row.case)]
     missing = frozenset().union(*(features(row.case) for row in left))
     found: list[Row] = []
     while missing:
-        best = max(left, key=lambda row: len(features(row.case) & missing) / _cost(row.case))
+        best = max(left, key=lambda row: len(features(row.case) & missing) / (8 + _tiles(row.case)))
         found.append(best)
         missing -= features(best.case)
-    return found
+    return sorted(found, key=lambda row: _tiles(row.case))
 
 
-def _cost(case: AttnCase) -> float:
-    """What a case takes, about: something for each request and head, and its products."""
-    return 1.0 + len(case.query_lens) * case.num_kv_heads / 8 + work(case) / 4e6
+def _tiles(case: AttnCase) -> int:
+    """What a case takes, about, in tiles of rows by keys."""
+    rows = [-(-q * case.group // 16) for q in case.query_lens]
+    return case.num_kv_heads * sum(
+        r * -(-min(k, (case.sliding_window or k) + q) // 32)
+        for r, q, k in zip(rows, case.query_lens, case.seq_lens, strict=True)
+    )
 
 
 def _served(lane: Lane, case: AttnCase) -> bool:
@@ -225,6 +240,8 @@ def _served(lane: Lane, case: AttnCase) -> bool:
 
 def asked(ask: Ask) -> list[str]:
     """The kinds of test that the cpu tier asks of a case."""
+    if not ask.deep:
+        return ["output"]
     return [k for k in KINDS if applies(k, ask.row.case) and asked_in(k, ask.row) in TIERS[:2]]
 
 
@@ -316,7 +333,7 @@ def examine(target: Target, asks: Sequence[Ask], usual: dict[Any, float], say: S
             say({"kinds": [k for k in KINDS if k in noticing]})
         return
     for tests in target.tests:
-        kind = Path(tests).stem
+        kind = Path(tests.split()[0]).stem
         say({"kind": kind, "lane": "", "case": ""})
         _alarm(usual[tests])
         if message := failing(tests):
@@ -341,7 +358,7 @@ def failing(tests: str) -> str:
     os.environ.pop("XFV1_OPS", None)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
-        code = pytest.main([*options, f"--report={folder}", tests], plugins=[Watch()])
+        code = pytest.main([*options, f"--report={folder}", *tests.split()], plugins=[Watch()])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not seen:
         seen.append(f"pytest ended with {code!r}")
     return seen[0] if seen else ""
@@ -416,7 +433,7 @@ def prepared(targets: Iterable[Target]) -> Plan:
     for target in targets:
         for lane in target.lanes:
             if lane not in by_lane:
-                by_lane[lane] = [Ask(lane, row) for row in cases_for(lane)]
+                by_lane[lane] = [Ask(lane, row, at < DEEP) for at, row in enumerate(cases_for(lane))]
                 for ask in by_lane[lane]:
                     for kind in asked(ask):
                         made = ask_once(ask, kind)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from reference.lowprec import attend_lowprec
-from tests.museum.faults import MuseumImpl, Plain, PlainOp, exp_minus, pieces, weigh
-from xfv1.ops.base import DECODE, ENCODER, Call
+from tests.museum.faults import INF, MuseumImpl, Plain, PlainOp, exp_minus, pieces, unread, weigh
+from xfv1.ops.base import DECODE, ENCODER, Call, Layer, Op
 from xfv1.ops.gather import contiguous_bias, contiguous_kv
 
 
@@ -43,7 +43,10 @@ class _GatheredOp(PlainOp):
         rows = int(call.query_start_loc_cpu[-1])
         mask = contiguous_bias(call).materialize((rows, len(key)), dtype=torch.float32)
         query = call.query[:rows].float().unflatten(1, (layer.num_kv_heads, layer.group))
-        logits = torch.einsum("qhgd,khd->hgqk", query, key).flatten(0, 1) * call.scale + mask
+        logits = torch.einsum("qhgd,khd->hgqk", query, key).flatten(0, 1) * call.scale
+        logits = logits.masked_fill(mask == -INF, -INF)
+        # The poison before a window is gathered too.
+        value = unread(logits, value)
         weights = exp_minus(logits, logits.logsumexp(dim=-1, keepdim=True))
         call.out[:rows] = weigh(weights, value).transpose(0, 1).to(call.out.dtype)
 
@@ -59,6 +62,11 @@ class _GatheredImpl(MuseumImpl):
         super().__init__(*args, **kwargs)
         if self.logits_soft_cap or self.alibi_slopes is not None or self.sinks is not None:
             raise NotImplementedError("no softcap, ALiBi or sinks, as xFormers' ops")
+
+    def _op(self, facts: Layer, *args: Any) -> Op:
+        """As xFormers' ops, without windows where there is no causality."""
+        plain = facts.sliding_window is not None and not facts.causal
+        return MuseumImpl.op if plain else self.op
 
 
 class Lowprec(Plain):

@@ -1,0 +1,147 @@
+"""Does the builder say of each phase of a batch what is so? Ops on a GPU go by all of it."""
+
+import copy
+import itertools
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fixtures.cases import AttnCase
+from fixtures.inputs import AttnInputs, build_inputs
+from fixtures.transforms import permute_blocks
+from tests.harness.candidate import Driver, Outcome, drive, new_output
+from tests.harness.compare import check_output
+from tests.harness.oracle import expected
+from xfv1.backend import XFormersAttentionBackend
+from xfv1.metadata import Phase
+from xfv1.ops.base import DECODE, PREFILL
+
+pytestmark = pytest.mark.cpu
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A batch, how many of its requests decode, and up to how many tokens that is."""
+
+    case: AttnCase
+    decodes: int
+    threshold: int = 1
+
+
+SPLITS = {
+    "decodes": Split(AttnCase(scenario="edge_decode"), 17),
+    "decodes of a graph": Split(AttnCase(scenario="small_decode", pad_reqs=2, pad_tokens=2), 4),
+    "prompts": Split(AttnCase(scenario="fresh_prefill"), 0),
+    "chunks": Split(AttnCase(scenario="chunked_prefill", pad_tokens=3), 0),
+    "mixed": Split(AttnCase(scenario="mixed_small"), 2),
+    "mixed, prompts": Split(AttnCase(scenario="mixed_fresh"), 3),
+    "mixed, one of each": Split(AttnCase(query_lens=(1, 3), seq_lens=(9, 3)), 1),
+    "mixed, longest decodes": Split(AttnCase(query_lens=(1, 1, 7, 2), seq_lens=(90, 17, 30, 40)), 2),
+    "no token": Split(AttnCase(scenario="mixed_empty"), 2),
+    "verification": Split(AttnCase(scenario="spec_uniform5"), 3, threshold=5),
+    "verification not counted": Split(AttnCase(scenario="spec_uniform5"), 0, threshold=4),
+    "mixed verification": Split(AttnCase(scenario="mixed_spec"), 3, threshold=4),
+    "cross": Split(AttnCase(scenario="cross_small", attention="cross"), 2),
+}
+
+
+def built(split: Split) -> tuple[AttnInputs, Driver, Any]:
+    inputs = build_inputs(split.case, CPU)
+    driver = drive(XFormersAttentionBackend, split.case, CPU)
+    driver.builder.reorder_batch_threshold = split.threshold
+    return inputs, driver, driver.metadata(inputs)
+
+
+def check_phase(phase: Phase, split: Split, inputs: AttnInputs, requests: slice, kind: str) -> None:
+    """Every field, of some consecutive requests of the batch."""
+    case = split.case
+    starts = inputs.query_start_loc.tolist()
+    lens = [b - a for a, b in itertools.pairwise(starts)][requests]
+    keys = (lens if case.attention == "cross" else inputs.seq_lens.tolist())[requests]
+    first, last, _ = requests.indices(inputs.num_reqs)
+    batch = phase.batch
+    # A graph's padding is rows of its batch too.
+    rows = starts[last] + case.pad_tokens * bool(case.pad_reqs)
+    assert (phase.rows.start or 0, phase.rows.stop) == (starts[first], rows)
+    local = [start - starts[first] for start in starts[first : last + 1]]
+    assert phase.query_start_loc.tolist() == phase.query_start_loc_cpu.tolist() == local
+    assert torch.equal(phase.block_table, inputs.block_table[first:last])
+    if case.attention != "cross":
+        assert phase.seq_lens.tolist() == keys
+    assert (batch.phase, batch.num_reqs, batch.max_query_len) == (kind, last - first, max(lens))
+    # On the host are a decoder's lengths, not an encoder's.
+    known = case.attention != "cross"
+    assert batch.host_lens == known
+    assert (phase.seq_lens_cpu is None) != known
+    assert phase.seq_lens_cpu is None or phase.seq_lens_cpu.tolist() == keys
+    assert batch.fresh == (known and all(k <= q for q, k in zip(lens, keys, strict=True)))
+    uniform = rows - starts[first] == len(lens) * max(lens)
+    # Of prefills beside decodes nobody asks, and it is not said.
+    assert batch.uniform == uniform or (first > 0 and not batch.uniform)
+    assert phase.plans == {}
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_phases_are_what_the_batch_is(split: Split) -> None:
+    inputs, _, metadata = built(split)
+    every, decodes = slice(0, inputs.num_reqs), split.decodes
+    longest = max(split.case.query_lens)
+    check_phase(metadata.whole, split, inputs, every, PREFILL if longest > 1 else DECODE)
+    wanted = [(slice(0, decodes), DECODE), (slice(decodes, inputs.num_reqs), PREFILL)]
+    wanted = [(part, kind) for part, kind in wanted if part.start < part.stop]
+    assert len(metadata.phases) == len(wanted)
+    for phase, (part, kind) in zip(metadata.phases, wanted, strict=True):
+        check_phase(phase, split, inputs, part, kind)
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_keys_are_bounded_by_the_phases_own_longest_where_that_is_known(split: Split) -> None:
+    """It sizes the decodes' splits; of prefills it may be the batch's."""
+    _, _, metadata = built(split)
+    longest = metadata.max_seq_len
+    assert metadata.whole.batch.max_seq_len == longest
+    for phase in metadata.phases:
+        own = longest
+        if phase.batch.phase == DECODE and phase.seq_lens_cpu is not None:
+            own = max(phase.seq_lens_cpu.tolist())
+        assert phase.batch.max_seq_len == own
+
+
+def test_drafts_are_decodes() -> None:
+    """Of a model that drafts 3 tokens a step, up to 4 queries to a request."""
+    builder = drive(XFormersAttentionBackend, AttnCase(scenario="small_decode"), CPU).builder
+    assert builder.reorder_batch_threshold == 1
+    config = copy.copy(builder.vllm_config)
+    config.speculative_config = SimpleNamespace(num_speculative_tokens=3, parallel_drafting=False)
+    drafting = type(builder)(builder.kv_cache_spec, builder.layer_names, config, CPU)
+    assert drafting.reorder_batch_threshold == 4
+
+
+@pytest.mark.parametrize("name", ["decodes", "mixed", "mixed verification", "prompts"])
+def test_another_cache_groups_blocks_take_the_place_of_the_first(name: str) -> None:
+    """As for a model whose layers have caches of several kinds: one build, and a table for each."""
+    split = SPLITS[name]
+    inputs, driver, first = built(split)
+    driver.run(inputs)
+    other = permute_blocks(inputs, seed=1)
+    second = driver.builder.update_block_table(first, other.block_table, other.slot_mapping)
+    assert torch.equal(first.block_table, inputs.block_table)
+    assert second.slot_mapping is other.slot_mapping
+    for phase in (first.whole, *first.phases):
+        phase.plans["of the first"] = True
+    part = 0
+    check_phase(second.whole, split, other, slice(0, other.num_reqs), second.whole.batch.phase)
+    for phase in second.phases:
+        last = part + phase.batch.num_reqs
+        check_phase(phase, split, other, slice(part, last), phase.batch.phase)
+        part = last
+    cache, storage = other.new_cache()
+    output = new_output(other)
+    driver.update_cache(other, cache)
+    driver.forward(other, cache, second, output)
+    check_output(other, Outcome(output, storage), expected(other))
