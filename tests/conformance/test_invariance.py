@@ -15,7 +15,7 @@ from fixtures.transforms import (
     select_requests,
     shorten,
 )
-from tests.harness.candidate import Driver, Outcome, bits, drive, new_output
+from tests.harness.candidate import Driver, Outcome, bits, new_output
 from tests.harness.compare import (
     Mismatch,
     check_against_reference,
@@ -68,40 +68,39 @@ def test_output_does_not_depend_on_where_blocks_lie(
     record(elements=_same_bits(inputs.case, one.output, other.output, "blocks moved"))
 
 
-def _redriven(candidate: type[Any], inputs: AttnInputs, device: torch.device) -> Outcome:
-    return drive(candidate, inputs.case, device, inputs.sinks).run(inputs)
-
-
 def test_requests_in_another_order_get_their_own_answers(
-    candidate: type[Any], inputs: AttnInputs, device: torch.device, record: Recorder
+    driver: Driver, inputs: AttnInputs, record: Recorder
 ) -> None:
-    """Reversed, but decodes before prefills, as vLLM orders a batch."""
+    """Reversed, but decodes before prefills, as vLLM orders a batch; after a step in which they
+    came the other way, of which nothing may be left."""
     lens = inputs.case.query_lens
     order = sorted(range(len(lens)), key=lambda r: (lens[r] > 1, -r))
     turned = select_requests(inputs, order)
-    check_against_reference(turned, _redriven(candidate, turned, device), record)
+    driver.run(inputs)
+    check_against_reference(turned, driver.run(turned), record)
 
 
 def test_a_request_alone_gets_the_same_answer(
-    candidate: type[Any], inputs: AttnInputs, device: torch.device, record: Recorder
+    driver: Driver, inputs: AttnInputs, record: Recorder
 ) -> None:
-    """The last request that has tokens, without the others."""
+    """The last request that has tokens, without the others, after a step with them."""
     last = max(r for r, q in enumerate(inputs.case.query_lens) if q)
     alone = select_requests(inputs, [last])
-    check_against_reference(alone, _redriven(candidate, alone, device), record)
+    driver.run(inputs)
+    check_against_reference(alone, driver.run(alone), record)
 
 
 def test_tokens_in_two_steps_get_the_same_answers(
-    candidate: type[Any], inputs: AttnInputs, device: torch.device, record: Recorder
+    driver: Driver, inputs: AttnInputs, record: Recorder
 ) -> None:
     """A first step with some of each request's tokens, then the rest over the cache it left."""
     counts = [max(1, q // 3) for q in inputs.case.query_lens]
     first = first_tokens(inputs, counts)
-    done = _redriven(candidate, first, device)
+    done = driver.run(first)
     check_output(first, done, truth := expected(first, done.query))
     check_cache(first, done, truth.storage)
     later = later_tokens(inputs, counts, done.storage)
-    check_against_reference(later, _redriven(candidate, later, device), record)
+    check_against_reference(later, driver.run(later), record)
 
 
 def test_a_captured_graph_replays_like_eager(

@@ -1032,3 +1032,155 @@ class NaNOnceInAHundredSteps(PlainOp):
         self.steps += 1
         if self.steps % 100 == 0:
             call.out[0] = float("nan")
+
+
+# What one kind of test alone can tell: see docs/results.
+
+
+@plant(
+    "none: an op's buffers cleared for all rows it is given",
+    lambda case: case.pad_tokens > 0 and not case.pad_reqs,
+)
+class PaddingRowsCleared(MuseumImpl):
+    """The output's rows past the batch's tokens are set to zero: they belong to nobody, and a
+    graph's other kernels may have filled them."""
+
+    def forward(
+        self, layer: AttentionLayer, query: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        output: torch.Tensor = kwargs["output"]
+        super().forward(layer, query, *args, **kwargs)
+        output[args[3].num_actual_tokens :] = 0.0
+        return output
+
+
+@plant(
+    "none: a start that is taken to be exclusive",
+    lambda case: max(case.seq_lens) > 4096 and case.sliding_window is None and paged(case),
+    "model of: past 4096 keys the last block's first is lost, where it is not the newest",
+)
+class KeyAtBlocksStartLost(PlainOp):
+    """Of thousands of keys one is lost, and it is not one that matters."""
+
+    def seen(self, piece: Piece, count: int) -> torch.Tensor:
+        seen = super().seen(piece, count)
+        if piece.paged and piece.length > 4096:
+            seen[:, (piece.length - 2) // piece.block_size * piece.block_size] = False
+        return seen
+
+
+@plant(
+    "none: tails cleared, so that no NaN lies there to be read",
+    lambda case: tailed(case) and not case.kv_sharing and case.attention == "decoder",
+)
+class TailCleared(MuseumImpl):
+    """What follows a new token in its block is set to zero, though it belongs to nobody yet."""
+
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        size = kv_cache.shape[2]
+        for slot in slot_mapping[slot_mapping >= 0].tolist():
+            kv_cache[slot // size, :, slot % size + 1 :] = 0
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+
+
+class RememberingImpl(MuseumImpl):
+    """An impl that keeps something from step to step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kept: dict[Any, Any] = {}
+
+    def _run(self, facts: Layer, phase: Phase, *args: Any) -> None:
+        super()._run(facts, self.remembered(phase), *args)
+
+    def remembered(self, phase: Phase) -> Phase:
+        """The phase, with what is left of an earlier one."""
+        return phase
+
+
+@plant(
+    "none: a plan that is made again only where it has to be",
+    lambda case: paged(case) and max(case.seq_lens) > SPLIT,
+    "model of: the warm path sums keys the other way round",
+)
+class WarmPlanCutsOtherwise(RememberingImpl):
+    """A second step over the very same block table takes a plan that is kept by its address, and
+    that cuts the keys otherwise: the same answer, other bits."""
+
+    def remembered(self, phase: Phase) -> Phase:
+        # Held on to, so that no other table gets the address.
+        key = (phase.block_table.data_ptr(), phase.batch.phase)
+        phase.plans["warm"] = key in self.kept
+        self.kept[key] = phase.block_table
+        return phase
+
+    class Backwards(PlainOp):
+        def attend(self, piece: Piece, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            if piece.call.plans.get("warm"):
+                logits, value = logits.flip(-1), value.flip(0)
+            return super().attend(piece, logits, value)
+
+    op = Backwards()
+
+
+@plant(
+    "none: a plan kept by what a batch's order does not change",
+    lambda case: paged(case) and len(set(case.seq_lens)) > 1 and case.attention == "decoder",
+)
+class PlanKeptWhereOrderDiffers(RememberingImpl):
+    """The requests' numbers of keys are kept from step to step, by how many there are, of how many
+    tokens, and the longest: the same requests in another order get each other's."""
+
+    def remembered(self, phase: Phase) -> Phase:
+        key = (phase.batch, phase.rows.stop)
+        self.kept.setdefault(key, phase.seq_lens)
+        return dataclasses.replace(phase, seq_lens=self.kept[key])
+
+
+@plant(
+    "none: a persistent buffer of which more is read than was written",
+    lambda case: paged(case) and case.kind == "decode" and len(set(case.seq_lens)) > 2,
+)
+class LargerBatchLeftBehind(RememberingImpl):
+    """The last request's number of keys is read one too far in a buffer that an earlier step has
+    filled further."""
+
+    def remembered(self, phase: Phase) -> Phase:
+        lens = phase.seq_lens
+        before = self.kept.get(phase.batch.phase, lens)
+        self.kept[phase.batch.phase] = torch.cat([lens, before[len(lens) :]])
+        late = before[len(lens) : len(lens) + 1]
+        if late.numel():
+            lens = torch.cat([lens[:-1], late])
+        return dataclasses.replace(phase, seq_lens=lens)
+
+
+@plant(
+    "none: a gathered copy of the cache kept by the blocks it is of",
+    lambda case: paged(case) and min(case.query_lens) > 1 and case.attention == "decoder",
+)
+class GatheredKeysKeptByBlocks(RememberingImpl):
+    """Keys and values are gathered once for the blocks that hold them: what a later step adds to
+    the last block is not seen."""
+
+    def remembered(self, phase: Phase) -> Phase:
+        phase.plans["gathered"] = self.kept
+        return phase
+
+    class Gathering(PlainOp):
+        def read(self, piece: Piece, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+            if not piece.paged:
+                return super().read(piece, count)
+            ids = tuple(piece.blocks(count).tolist())
+            whole = super().read(piece, len(ids) * piece.block_size)
+            key, value = piece.call.plans["gathered"].setdefault(ids, whole)
+            return key[:count], value[:count]
+
+    op = Gathering()
