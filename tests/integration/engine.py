@@ -32,6 +32,10 @@ ROOT = Path(__file__).resolve().parents[2]
 ENTRY_POINT = ("vllm.general_plugins", "xfv1:register")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
+    # An engine of one process talks to itself; without a network, looking up its host's name takes
+    # minutes.
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
     # Several sessions share the machine's cores, and sums keep one order.
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -222,6 +226,7 @@ def serve(session: Session) -> Iterator[Report]:
 
 def _run(run: Run) -> RunReport:
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     began = time.perf_counter()
     with _counted_ops(run.fault) as (ops, captured):
@@ -263,6 +268,8 @@ def _run(run: Run) -> RunReport:
     )
     del llm, layers
     cleanup_dist_env_and_memory()
+    # The pool of the graphs that went with the engine is gone, which vLLM does not know.
+    type(current_platform)._global_graph_pool = None
     return report
 
 

@@ -41,7 +41,9 @@ SPLITS = {
     "mixed": Split(AttnCase(scenario="mixed_small"), 2),
     "mixed, prompts": Split(AttnCase(scenario="mixed_fresh"), 3),
     "mixed, one of each": Split(AttnCase(query_lens=(1, 3), seq_lens=(9, 3)), 1),
-    "mixed, longest decodes": Split(AttnCase(query_lens=(1, 1, 7, 2), seq_lens=(90, 17, 30, 40)), 2),
+    "mixed, longest decodes": Split(
+        AttnCase(query_lens=(1, 1, 7, 2), seq_lens=(90, 17, 30, 40)), 2
+    ),
     "no token": Split(AttnCase(scenario="mixed_empty"), 2),
     "verification": Split(AttnCase(scenario="spec_uniform5"), 3, threshold=5),
     "verification not counted": Split(AttnCase(scenario="spec_uniform5"), 0, threshold=4),
