@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import event, given
+from hypothesis import strategies as st
 
 from fixtures.cases import AttnCase
 from fixtures.inputs import build_inputs
-from fixtures.strategies import attn_cases, profile
+from fixtures.strategies import cases_of, parts, profile
 from fixtures.tables import TIERS
 from tests.conformance import test_cache, test_output
 from tests.harness.candidate import Refused, drive
@@ -24,16 +25,19 @@ from tests.harness.report import record_drawn
 pytestmark = [getattr(pytest.mark, tier) for tier in TIERS]
 
 
+@pytest.mark.parametrize("part", parts())
 @profile()
-@given(drawn=attn_cases())
+@given(data=st.data())
 def test_any_case_matches_the_reference(
-    drawn: AttnCase,
+    data: st.DataObject,
+    part: int,
     candidate: type[Any],
     device: torch.device,
     known_failures: list[Known],
     request: pytest.FixtureRequest,
 ) -> None:
     """Output within its budget, padding and all of the cache but the new tokens untouched."""
+    drawn: AttnCase = data.draw(cases_of(part))
     inputs = build_inputs(drawn, reference_device(drawn, device))
     # The test that asks the same of a case of the tables: an entry of the ledger names that.
     asked = test_output.test_output_matches_reference.__name__

@@ -14,7 +14,15 @@ from hypothesis import find, given, settings
 from fixtures.axes import MODEL
 from fixtures.cases import KV_LAYOUTS, AttnCase
 from fixtures.inputs import GUARD_BLOCKS, LAYER, LAYERS, AttnInputs, build_inputs
-from fixtures.strategies import EXAMPLES, MAX_WORK, attn_cases, profile
+from fixtures.strategies import (
+    EXAMPLES,
+    MAX_WORK,
+    PART_LAYERS,
+    attn_cases,
+    cases_of,
+    parts,
+    profile,
+)
 from fixtures.tables import work
 from fixtures.transforms import (
     first_tokens,
@@ -504,12 +512,33 @@ def test_a_drawn_case_shrinks_to_the_least(
     assert find(attn_cases(), lambda case: bool(holds(case)), settings=many) == least
 
 
+def test_a_soaks_part_draws_few_layers_and_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPOTHESIS_PROFILE", "soak")
+    seen: dict[int, list[AttnCase]] = {0: [], 1: []}
+
+    @settings(max_examples=50, derandomize=True, database=None, deadline=None)
+    @given(cases_of(0), cases_of(1))
+    def draw(first: AttnCase, second: AttnCase) -> None:
+        seen[0].append(first)
+        seen[1].append(second)
+
+    draw()
+    layers = [
+        {(c.head_size, c.num_heads, c.num_kv_heads, c.dtype, c.softcap) for c in found}
+        for found in seen.values()
+    ]
+    assert all(1 < len(part) <= PART_LAYERS for part in layers)
+    assert not layers[0] & layers[1]
+    assert all(len({case.seq_lens for case in found}) > PART_LAYERS for found in seen.values())
+
+
 def test_a_profile_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HYPOTHESIS_PROFILE", raising=False)
     assert profile().derandomize
-    for name, examples in EXAMPLES.items():
+    for name, (several, examples) in EXAMPLES.items():
         monkeypatch.setenv("HYPOTHESIS_PROFILE", name)
         assert profile().max_examples == examples
+        assert len(parts()) == several
         assert profile().derandomize == (name == "ci")
     monkeypatch.setenv("HYPOTHESIS_PROFILE", "fast")
     with pytest.raises(ValueError, match="'fast': expected one of ci, nightly, weekly, soak"):

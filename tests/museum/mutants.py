@@ -93,7 +93,7 @@ class Target:
     one_in: int = 1
 
 
-_METADATA = "tests/integration/test_metadata.py"
+_METADATA = "tests/integration/test_phases.py"
 _DISPATCH = "tests/integration/test_dispatch.py"
 _LSE = "tests/integration/test_lse.py"
 TARGETS = (
@@ -437,7 +437,9 @@ def prepared(targets: Iterable[Target]) -> Plan:
     for target in targets:
         for lane in target.lanes:
             if lane not in by_lane:
-                by_lane[lane] = [Ask(lane, row, at < DEEP) for at, row in enumerate(cases_for(lane))]
+                by_lane[lane] = [
+                    Ask(lane, row, at < DEEP) for at, row in enumerate(cases_for(lane))
+                ]
                 for ask in by_lane[lane]:
                     for kind in asked(ask):
                         made = ask_once(ask, kind)
@@ -525,7 +527,14 @@ def report(verdicts: Sequence[Verdict], plan: Plan, seconds: float) -> dict[str,
     for asks in plan.asks.values():
         for ask in asks:
             name = f"{ask.lane.candidate} {ask.lane.ops}".strip()
-            cases.setdefault(name, [ask.row.case.id for ask in asks if f"{ask.lane.candidate} {ask.lane.ops}".strip() == name])
+            cases.setdefault(
+                name,
+                [
+                    ask.row.case.id
+                    for ask in asks
+                    if f"{ask.lane.candidate} {ask.lane.ops}".strip() == name
+                ],
+            )
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         **environment(),
@@ -564,8 +573,13 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     start = time.perf_counter()
     plan = prepared(targets)
-    print(f"{len(mutants)} mutants; the truth has passed in {time.perf_counter() - start:.0f} s", flush=True)
-    for lane, asks in {a.lane: [b for b in x if b.lane == a.lane] for x in plan.asks.values() for a in x}.items():
+    print(
+        f"{len(mutants)} mutants; the truth has passed in {time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
+    for lane, asks in {
+        a.lane: [b for b in x if b.lane == a.lane] for x in plan.asks.values() for a in x
+    }.items():
         for ask in asks:
             t = sum(plan.usual[ask, k] for k in asked(ask))
             print("   ", lane, ask.row.case.id, f"{plan.usual[ask, 'output']:.2f} {t:.2f}")
@@ -573,7 +587,10 @@ def main(arguments: list[str] | None = None) -> int:
     for verdict in run(mutants, plan):
         verdicts.append(verdict)
         known = " (equivalent)" if verdict.equivalent else ""
-        print(f"{verdict.verdict:9}{verdict.kind or '-':14}{verdict.seconds:7.1f}  {verdict.id}{known}", flush=True)
+        print(
+            f"{verdict.verdict:9}{verdict.kind or '-':14}{verdict.seconds:7.1f}  {verdict.id}{known}",
+            flush=True,
+        )
     content = report(verdicts, plan, time.perf_counter() - start)
     wrong = problems(verdicts, targets)
     print("\n".join(wrong))

@@ -296,7 +296,8 @@ def _of_expression(node: ast.AST, slot: _Slot) -> Iterator[ast.AST]:
         inverted = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
         yield node.operand if inverted else ast.UnaryOp(ast.Not(), node)  # type: ignore[attr-defined]
     elif slot.name == "test" and not isinstance(
-        node.ops[0], ast.Eq | ast.NotEq | ast.Is | ast.IsNot | ast.In | ast.NotIn  # type: ignore[attr-defined]
+        node.ops[0],
+        ast.Eq | ast.NotEq | ast.Is | ast.IsNot | ast.In | ast.NotIn,  # type: ignore[attr-defined]
     ):
         yield ast.UnaryOp(ast.Not(), node)  # type: ignore[arg-type]
     if isinstance(node, ast.Compare):
