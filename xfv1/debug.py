@@ -32,10 +32,11 @@ def enabled() -> bool:
     return setting == "1"
 
 
-def check_batch(common: Any, *, encoder: bool, cross: bool) -> None:
+def check_batch(common: Any, host_lens: torch.Tensor | None, *, encoder: bool, cross: bool) -> None:
     """What a builder is given of lengths, in vLLM's CommonAttentionMetadata.
 
-    encoder: without a cache, so with as many keys as queries. cross: seq_lens are an encoder's.
+    host_lens: what the builder takes for bounds on seq_lens, if anything. encoder: without a
+    cache, so with as many keys as queries. cross: seq_lens are an encoder's.
     """
     num_reqs, device = common.num_reqs, common.query_start_loc.device
     for name, least, where in (
@@ -65,10 +66,9 @@ def check_batch(common: Any, *, encoder: bool, cross: bool) -> None:
     if encoder:
         most = query_lens.where(query_lens > 0, most)
     _expect_each("seq_lens", seq_lens, least, most, "from its query tokens to max_seq_len")
-    bound = common.seq_lens_cpu_upper_bound
-    if bound is not None and not cross:
-        bound = bound[:num_reqs]
-        _expect_each("seq_lens_cpu_upper_bound", bound, seq_lens, None, "no less than seq_lens")
+    if host_lens is not None:
+        name = "seq_lens_cpu_upper_bound"
+        _expect_each(name, host_lens, seq_lens, None, "no less than seq_lens")
 
 
 def check_update(

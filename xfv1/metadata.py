@@ -116,12 +116,12 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
             NotImplementedError: for causality that differs between requests.
         """
         common = common_attn_metadata
+        # Cross attention's keys are the encoder's; what the host is told are the decoder's.
+        bound = None if self.is_cross else _host_lens(common)
         if self.debug:
-            debug.check_batch(common, encoder=self.is_encoder, cross=self.is_cross)
+            debug.check_batch(common, bound, encoder=self.is_encoder, cross=self.is_cross)
         if isinstance(common.causal, torch.Tensor):
             raise NotImplementedError("causal differs between requests: expected True or False")
-        # Cross attention's keys are the encoder's; what the host is told are the decoder's.
-        bound = None if self.is_cross else common.seq_lens_cpu_upper_bound
         num_reqs = common.num_reqs
         starts = common.query_start_loc_cpu[: num_reqs + 1]
         whole = Phase(
@@ -131,14 +131,14 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
                 max_query_len=common.max_query_len,
                 max_seq_len=common.max_seq_len,
                 uniform=bool((starts.diff() == common.max_query_len).all()),
-                fresh=_is_fresh(starts, bound, num_reqs),
+                fresh=_is_fresh(starts, bound),
                 host_lens=bound is not None,
             ),
             rows=slice(0, common.num_actual_tokens),
             query_start_loc=common.query_start_loc[: num_reqs + 1],
             query_start_loc_cpu=starts,
             seq_lens=common.seq_lens[:num_reqs],
-            seq_lens_cpu=None if bound is None else bound[:num_reqs],
+            seq_lens_cpu=bound,
             block_table=common.block_table_tensor[:num_reqs],
         )
         phases: list[Phase] = []
@@ -215,11 +215,22 @@ def _with_table(phases: list[Phase], block_table: torch.Tensor) -> list[Phase]:
     return result
 
 
-def _is_fresh(starts: torch.Tensor, bound: torch.Tensor | None, num_reqs: int) -> bool:
+def _host_lens(common: CommonAttentionMetadata) -> torch.Tensor | None:
+    """[num_reqs] int32 on the host: bounds on seq_lens, exact for prefills; None if not known.
+
+    A draft model's proposer lengthens requests on the device and in max_seq_len alone (vLLM's
+    extend_all_queries_by_N).
+    """
+    bound = common.seq_lens_cpu_upper_bound
+    if bound is None or not common.num_reqs:
+        return bound
+    bound = bound[: common.num_reqs]
+    return bound if int(bound.max()) >= common.max_seq_len else None
+
+
+def _is_fresh(starts: torch.Tensor, bound: torch.Tensor | None) -> bool:
     """Whether no request has context, as far as the host knows."""
-    if bound is None:
-        return False
-    return bool((bound[:num_reqs] <= starts[1:] - starts[:-1]).all())
+    return bound is not None and bool((bound <= starts.diff()).all())
 
 
 def _split(whole: Phase, decodes: int, decode_tokens: int) -> list[Phase]:
@@ -261,7 +272,7 @@ def _split(whole: Phase, decodes: int, decode_tokens: int) -> list[Phase]:
             max_query_len=whole.batch.max_query_len,
             max_seq_len=whole.batch.max_seq_len,
             uniform=False,
-            fresh=_is_fresh(prefill_starts, prefill_bound, num_reqs - decodes),
+            fresh=_is_fresh(prefill_starts, prefill_bound),
             host_lens=bound is not None,
         ),
         rows=slice(decode_tokens, whole.rows.stop),

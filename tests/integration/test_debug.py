@@ -165,8 +165,8 @@ WRONG = (
     Wrong("common.seq_lens", on_meta, "seq_lens.device=meta: expected"),
     Wrong(
         "common.seq_lens_cpu_upper_bound",
-        at(3, 55),
-        "seq_lens_cpu_upper_bound[3]=55: expected 56 or more",
+        at(2, 47),
+        "seq_lens_cpu_upper_bound[2]=47: expected 48 or more",
     ),
     Wrong("common.max_seq_len", lambda n: n - 1, "seq_lens[3]=56: expected 5 to 55"),
     Wrong("common.max_query_len", lambda n: n - 1, "max_query_len=4: expected >= 5"),

@@ -123,6 +123,25 @@ def test_drafting_after_verification_equals_a_build(device: torch.device, record
     check_against_reference(inputs, attended(driver, inputs, drafting), record)
 
 
+def test_a_draft_models_longer_requests_are_not_taken_for_whole_prompts(
+    device: torch.device,
+) -> None:
+    """vLLM's extend_all_queries_by_N tells the device of the tokens it adds, and not the host."""
+    from vllm.v1.spec_decode.utils import extend_all_queries_by_N
+
+    inputs = build_inputs(AttnCase(scenario="mixed_fresh"), device)
+    builder = driven(inputs.case, device).builder
+    common = common_metadata(inputs)
+    assert builder.build(0, common).phases[-1].batch.fresh
+    arange = torch.arange(1 + common.num_reqs, dtype=torch.int32, device=device)
+    longer = extend_all_queries_by_N(common, 2, arange, common.slot_mapping)
+    assert int(longer.seq_lens.max()) == longer.max_seq_len
+    for phase in builder.build(0, longer).phases:
+        assert not phase.batch.fresh
+        assert not phase.batch.host_lens
+        assert phase.seq_lens_cpu is None
+
+
 @pytest.mark.parametrize("name", ["decodes", "padded", "verification"])
 def test_metadata_of_a_capture_serves_later_batches(
     name: str, device: torch.device, record: Recorder

@@ -82,7 +82,7 @@ def check_phase(phase: Phase, split: Split, inputs: AttnInputs, requests: slice,
     assert (phase.seq_lens_cpu is None) != known
     assert phase.seq_lens_cpu is None or phase.seq_lens_cpu.tolist() == keys
     assert batch.fresh == (known and all(k <= q for q, k in zip(lens, keys, strict=True)))
-    uniform = rows - starts[first] == len(lens) * max(lens)
+    uniform = len(set(lens)) == 1
     # Of prefills beside decodes nobody asks, and it is not said.
     assert batch.uniform == uniform or (first > 0 and not batch.uniform)
     assert phase.plans == {}
