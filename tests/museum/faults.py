@@ -1055,18 +1055,17 @@ class PaddingRowsCleared(MuseumImpl):
 
 
 @plant(
-    "none: a start that is taken to be exclusive",
-    lambda case: max(case.seq_lens) > 4096 and case.sliding_window is None and paged(case),
-    "model of: past 4096 keys the last block's first is lost, where it is not the newest",
+    "FlashInfer #4401",
+    lambda case: case.causal and max(case.query_lens) > 1 and case.dtype != "fp16",
+    "model of a finite minus infinity: 40 below the largest logit, a weight of 4e-18",
 )
-class KeyAtBlocksStartLost(PlainOp):
-    """Of thousands of keys one is lost, and it is not one that matters."""
+class FutureWeighedByLittle(PlainOp):
+    """Keys ahead of a query are masked by a finite number: a little of them is seen."""
 
-    def seen(self, piece: Piece, count: int) -> torch.Tensor:
-        seen = super().seen(piece, count)
-        if piece.paged and piece.length > 4096:
-            seen[:, (piece.length - 2) // piece.block_size * piece.block_size] = False
-        return seen
+    def mask(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        masked, keys = super().mask(logits, seen), torch.arange(seen.shape[1])
+        ahead = keys > (seen * keys).amax(dim=1, keepdim=True)
+        return torch.where(ahead, masked.amax(dim=-1, keepdim=True) - 40.0, masked)
 
 
 @plant(
@@ -1105,6 +1104,15 @@ class RememberingImpl(MuseumImpl):
         return phase
 
 
+class BackwardsOp(PlainOp):
+    """Sums the keys from the last to the first, where a plan says so."""
+
+    def attend(self, piece: Piece, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if piece.call.plans["warm"]:
+            logits, value = logits.flip(-1), value.flip(0)
+        return super().attend(piece, logits, value)
+
+
 @plant(
     "none: a plan that is made again only where it has to be",
     lambda case: paged(case) and max(case.seq_lens) > SPLIT,
@@ -1114,20 +1122,14 @@ class WarmPlanCutsOtherwise(RememberingImpl):
     """A second step over the very same block table takes a plan that is kept by its address, and
     that cuts the keys otherwise: the same answer, other bits."""
 
+    op = BackwardsOp()
+
     def remembered(self, phase: Phase) -> Phase:
         # Held on to, so that no other table gets the address.
         key = (phase.block_table.data_ptr(), phase.batch.phase)
         phase.plans["warm"] = key in self.kept
         self.kept[key] = phase.block_table
         return phase
-
-    class Backwards(PlainOp):
-        def attend(self, piece: Piece, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            if piece.call.plans.get("warm"):
-                logits, value = logits.flip(-1), value.flip(0)
-            return super().attend(piece, logits, value)
-
-    op = Backwards()
 
 
 @plant(
@@ -1162,6 +1164,18 @@ class LargerBatchLeftBehind(RememberingImpl):
         return dataclasses.replace(phase, seq_lens=lens)
 
 
+class GatheringOp(PlainOp):
+    """Keeps what it gathers, by the blocks it is from."""
+
+    def read(self, piece: Piece, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if not piece.paged:
+            return super().read(piece, count)
+        ids = tuple(piece.blocks(count).tolist())
+        whole = super().read(piece, len(ids) * piece.block_size)
+        key, value = piece.call.plans["gathered"].setdefault(ids, whole)
+        return key[:count], value[:count]
+
+
 @plant(
     "none: a gathered copy of the cache kept by the blocks it is of",
     lambda case: paged(case) and min(case.query_lens) > 1 and case.attention == "decoder",
@@ -1170,17 +1184,8 @@ class GatheredKeysKeptByBlocks(RememberingImpl):
     """Keys and values are gathered once for the blocks that hold them: what a later step adds to
     the last block is not seen."""
 
+    op = GatheringOp()
+
     def remembered(self, phase: Phase) -> Phase:
         phase.plans["gathered"] = self.kept
         return phase
-
-    class Gathering(PlainOp):
-        def read(self, piece: Piece, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-            if not piece.paged:
-                return super().read(piece, count)
-            ids = tuple(piece.blocks(count).tolist())
-            whole = super().read(piece, len(ids) * piece.block_size)
-            key, value = piece.call.plans["gathered"].setdefault(ids, whole)
-            return key[:count], value[:count]
-
-    op = Gathering()

@@ -12,8 +12,10 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -29,7 +31,7 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-from tests.harness.environment import prepare  # noqa: E402
+from tests.harness.environment import prepare
 
 prepare()
 
@@ -61,7 +63,7 @@ CRASHED, TIMEOUT = "crashed", "timeout"
 # What a process that runs into its alarm is given, over what the truth takes.
 SLOWER, LEAST_SECONDS = 10, 10
 # Tiles of rows and keys, of about 16 by 32, that Triton's interpreter does in two seconds.
-HEAVY = 80
+HEAVY = 110
 # The first cases of a lane are asked in all ways, the others for their output.
 DEEP = 2
 
@@ -73,6 +75,10 @@ class Lane:
     candidate: str
     ops: str = ""
     interpreted: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.ops or self.candidate
 
 
 TORCH = Lane("xfv1", "torch")
@@ -135,10 +141,15 @@ WITHOUT = (
 )
 
 
+@functools.cache
+def generated(module: str) -> list[Mutant]:
+    """All of a module's, but what is not changed."""
+    return mutants_of(module, WITHOUT)
+
+
 def chosen(target: Target) -> list[Mutant]:
     """The mutants of a module that are run."""
-    found = mutants_of(target.module, WITHOUT)
-    return [m for m in found if _digest(m.id) % target.one_in == 0]
+    return [m for m in generated(target.module) if _digest(m.id) % target.one_in == 0]
 
 
 def _digest(text: str) -> int:
@@ -204,7 +215,8 @@ def features(case: AttnCase) -> frozenset[str]:
         "small head": case.head_size < 64,
         "blocks of a tile's size or more": case.block_size >= 64,
     }
-    facts |= {f"{a}, {b}": layer[a] and batch[b] for a in layer for b in batch}
+    # Of one key the logit does not matter.
+    facts |= {f"{a}, {b}": longest > 1 and layer[a] and batch[b] for a in layer for b in batch}
     return frozenset(name for name, has in facts.items() if has)
 
 
@@ -318,7 +330,7 @@ def examine(target: Target, asks: Sequence[Ask], usual: dict[Any, float], say: S
     plan = [(ask, "output") for ask in asks]
     plan += [(ask, kind) for ask in asks for kind in asked(ask) if kind != "output"]
     for ask, kind in plan:
-        say({"kind": kind, "lane": ask.lane.ops or ask.lane.candidate, "case": ask.row.case.id})
+        say({"kind": kind, "lane": ask.lane.name, "case": ask.row.case.id})
         _alarm(usual[ask, kind])
         made = ask_once(ask, kind)
         if made.outcome == PASSED:
@@ -489,15 +501,11 @@ def run(mutants: Sequence[tuple[Target, Mutant]], plan: Plan) -> Iterator[Verdic
         yield Verdict(**{**asdict(found), "equivalent": why})
 
 
-def problems(verdicts: Sequence[Verdict], targets: Iterable[Target]) -> list[str]:
+def problems(verdicts: Sequence[Verdict]) -> list[str]:
     """What is not as equivalent.toml says."""
-    known = {m.id for target in targets for m in mutants_of(target.module, WITHOUT)}
-    modules = {target.module for target in targets}
-    wrong = [
-        f"{EQUIVALENT.name}: {name} is no mutant"
-        for name in explained()
-        if name not in known and name.partition(":")[0] in modules
-    ]
+    known = {m.id for target in TARGETS for m in generated(target.module)}
+    stale = [name for name in explained() if name not in known]
+    wrong = [f"{EQUIVALENT.name}: {name} is no mutant" for name in stale]
     for verdict in verdicts:
         if verdict.noticed and verdict.equivalent:
             wrong.append(f"said to be equivalent, and noticed by {verdict.kind}: {verdict.id}")
@@ -506,7 +514,7 @@ def problems(verdicts: Sequence[Verdict], targets: Iterable[Target]) -> list[str
     return wrong
 
 
-def report(verdicts: Sequence[Verdict], plan: Plan, seconds: float) -> dict[str, Any]:
+def report(verdicts: Sequence[Verdict], plan: Plan) -> dict[str, Any]:
     """What --json writes."""
     files = {}
     for target in TARGETS:
@@ -514,7 +522,7 @@ def report(verdicts: Sequence[Verdict], plan: Plan, seconds: float) -> dict[str,
         counts = Counter(v.verdict for v in own)
         real = [v for v in own if not v.equivalent]
         files[target.module] = {
-            "generated": len(mutants_of(target.module, WITHOUT)),
+            "generated": len(generated(target.module)),
             "run": len(own),
             **{name: counts[name] for name in (KILLED, CRASHED, TIMEOUT, SURVIVED)},
             "equivalent": len(own) - len(real),
@@ -523,22 +531,14 @@ def report(verdicts: Sequence[Verdict], plan: Plan, seconds: float) -> dict[str,
     real = [v for v in verdicts if not v.equivalent]
     first = Counter(v.kind for v in verdicts if v.noticed)
     alone = Counter(v.kinds[0] for v in verdicts if len(v.kinds) == 1)
-    cases = {}
-    for asks in plan.asks.values():
-        for ask in asks:
-            name = f"{ask.lane.candidate} {ask.lane.ops}".strip()
-            cases.setdefault(
-                name,
-                [
-                    ask.row.case.id
-                    for ask in asks
-                    if f"{ask.lane.candidate} {ask.lane.ops}".strip() == name
-                ],
-            )
+    asks = {ask: None for asks in plan.asks.values() for ask in asks}
+    cases: dict[str, list[str]] = {}
+    for ask in asks:
+        cases.setdefault(ask.lane.name, []).append(ask.row.case.id)
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         **environment(),
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(v.seconds for v in verdicts), 1),
         "mutants": len(verdicts),
         "noticed": sum(v.noticed for v in real),
         "equivalent": len(verdicts) - len(real),
@@ -552,55 +552,111 @@ def report(verdicts: Sequence[Verdict], plan: Plan, seconds: float) -> dict[str,
     }
 
 
+def sampled(count: int) -> list[tuple[Mutant, Ask, str]]:
+    """Some mutants of the report, of each module in turn, with what noticed them: the first by
+    their hash, of those that the same few cases notice."""
+    results = json.loads(RESULTS.read_text())["results"]
+    found: list[list[tuple[Mutant, Ask, str]]] = []
+    for target in TARGETS:
+        lanes = {lane.name: lane for lane in target.lanes}
+        known = {mutant.id: mutant for mutant in chosen(target)}
+        own = [r for r in results if r["module"] == target.module and r["verdict"] == KILLED]
+        own = [r for r in own if r["lane"] in lanes and r["id"] in known]
+        common = Counter((r["lane"], r["case"]) for r in own).most_common(1)
+        own = [r for r in own if (r["lane"], r["case"]) == common[0][0]]
+        own.sort(key=lambda r: _digest(r["id"]))
+        found.append(
+            [(known[r["id"]], Ask(lanes[r["lane"]], _row(r["case"]), True), r["kind"]) for r in own]
+        )
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*found))
+    return [each for each in turns if each is not None][:count]
+
+
+def _row(case: str) -> Row:
+    return next(row for row in rows() if row.case.id == case)
+
+
+def rerun(count: int) -> list[str]:
+    """What is not as the report says, of some mutants."""
+    wrong = []
+    truth: dict[tuple[Ask, str], Attempt] = {}
+    for mutant, ask, kind in sampled(count):
+        if (ask, kind) not in truth:
+            truth[ask, kind] = ask_once(ask, kind)
+            if truth[ask, kind].outcome != PASSED:
+                wrong.append(f"without a mutant: {truth[ask, kind]}")
+
+        def again(say: Say, ask: Ask = ask, kind: str = kind) -> None:
+            _alarm(truth[ask, kind].seconds)
+            made = ask_once(ask, kind)
+            say({"verdict": SURVIVED if made.outcome == PASSED else KILLED, "kind": kind})
+
+        found = in_a_child(mutant, again)
+        print(f"{found.verdict:9}{found.seconds:7.1f}  {mutant.id}", flush=True)
+        if not found.noticed:
+            wrong.append(f"not noticed again by {kind} of {ask.row.case.id}: {mutant.id}")
+    return wrong
+
+
 def main(arguments: list[str] | None = None) -> int:
     """0 if every mutant is noticed, or is among those said to be equivalent."""
     parser = argparse.ArgumentParser(prog="python -m tests.museum.mutants", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write a report")
+    parser.add_argument("--new", action="store_true", help="those alone that --json has not yet")
     parser.add_argument("--module", action="append", default=[], help="of these modules alone")
-    parser.add_argument("--id", action="append", default=[], help="these mutants alone")
     parser.add_argument("--list", action="store_true", help="list them, and run none")
+    parser.add_argument("--sample", type=int, help="so many of the report's, by what noticed them")
     options = parser.parse_args(arguments)
+    if options.module and options.json and not options.new:
+        parser.error("--json of some modules alone: expected --new too, which keeps the others")
     targets = [t for t in TARGETS if t.module in (options.module or [t.module])]
-    if options.id:
-        targets = [t for t in targets if any(i.startswith(f"{t.module}:") for i in options.id)]
     mutants = [(t, m) for t in targets for m in chosen(t)]
-    if options.id:
-        every = [(t, m) for t in targets for m in mutants_of(t.module, WITHOUT)]
-        mutants = [(t, m) for t, m in every if m.id in options.id]
     if options.list:
         print("\n".join(mutant.id for _, mutant in mutants))
         return 0
     torch.set_num_threads(1)
+    if options.sample:
+        wrong = rerun(options.sample)
+        print("\n".join(wrong))
+        return 1 if wrong else 0
     start = time.perf_counter()
+    kept: dict[str, Verdict] = {}
+    if options.new:
+        kept = _of_before(options.json)
+        mutants = [(t, m) for t, m in mutants if m.id not in kept]
+        targets = [t for t in targets if any(t is of for of, _ in mutants)]
     plan = prepared(targets)
-    print(
-        f"{len(mutants)} mutants; the truth has passed in {time.perf_counter() - start:.0f} s",
-        flush=True,
-    )
-    for lane, asks in {
-        a.lane: [b for b in x if b.lane == a.lane] for x in plan.asks.values() for a in x
-    }.items():
-        for ask in asks:
-            t = sum(plan.usual[ask, k] for k in asked(ask))
-            print("   ", lane, ask.row.case.id, f"{plan.usual[ask, 'output']:.2f} {t:.2f}")
-    verdicts = []
+    print(f"{len(mutants)} mutants; the truth has passed in {time.perf_counter() - start:.0f} s")
+    order = [m.id for t in TARGETS for m in chosen(t)]
+    content = report([], plan)
     for verdict in run(mutants, plan):
-        verdicts.append(verdict)
-        known = " (equivalent)" if verdict.equivalent else ""
-        print(
-            f"{verdict.verdict:9}{verdict.kind or '-':14}{verdict.seconds:7.1f}  {verdict.id}{known}",
-            flush=True,
-        )
-    content = report(verdicts, plan, time.perf_counter() - start)
-    wrong = problems(verdicts, targets)
+        kept[verdict.id] = verdict
+        kind, known = verdict.kind or "-", " (equivalent)" if verdict.equivalent else ""
+        what = f"{verdict.verdict:9}{kind:14}{verdict.seconds:7.1f}"
+        print(f"{what}  {verdict.id}{known}", flush=True)
+        found = [kept[name] for name in order if name in kept]
+        content = report(found, plan)
+        if options.json:
+            # As far as it has come: --new goes on from there.
+            options.json.write_text(json.dumps(content, indent=1) + "\n")
+    wrong = problems([kept[name] for name in order if name in kept])
     print("\n".join(wrong))
     print(
         f"{content['noticed']} of {content['mutants'] - content['equivalent']} mutants noticed"
         f" ({content['rate']:.1%}), {content['equivalent']} equivalent; {content['seconds']} s"
     )
-    if options.json:
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
     return 1 if wrong else 0
+
+
+def _of_before(path: Path) -> dict[str, Verdict]:
+    """The verdicts of a report, of mutants that there still are; survivors are asked again."""
+    reasons = explained()
+    found = {}
+    for result in json.loads(path.read_text())["results"] if path.exists() else []:
+        verdict = Verdict(**{**result, "equivalent": reasons.get(result["id"], "")})
+        if verdict.noticed or verdict.equivalent:
+            found[verdict.id] = verdict
+    return found
 
 
 if __name__ == "__main__":

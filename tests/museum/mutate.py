@@ -73,7 +73,7 @@ CONFUSED = (
     ("m", "l"),
     ("acc1", "acc2"),
 )
-OTHER = {a: b for a, b in CONFUSED} | {b: a for a, b in CONFUSED}
+OTHER = dict(CONFUSED) | {b: a for a, b in CONFUSED}
 # Calls that can be lost, leaving their first argument, or what a method is called on.
 UNWRAPPED = {"_finite", "abs", "sqrt", "tanh", "_tanh", "masked_fill", "log", "log2", "cdiv"}
 # Keywords whose argument can be forgotten, where None means without.
@@ -221,7 +221,10 @@ def _changes(function: ast.FunctionDef) -> Iterator[tuple[_Slot, ast.AST]]:
     for slot in _statements(function):
         statement = slot.get()
         yield from ((slot, other) for other in _of_statement(statement, bound))
-        bound |= _targets(statement)
+        if isinstance(statement, ast.For):
+            bound |= _targets(statement.target)
+        elif not getattr(statement, "body", None):
+            bound |= _targets(statement)
         for inner in _expressions(statement):
             for other in _of_expression(inner.get(), inner):
                 if not isinstance(other, ast.Name) or other.id in known:
@@ -283,9 +286,9 @@ def _of_statement(statement: ast.stmt, bound: set[str]) -> Iterator[ast.AST]:
         stores = _targets(statement)
         if stores <= bound:
             yield ast.Pass()
-    elif isinstance(statement, ast.Continue | ast.Expr):
-        yield ast.Pass()
-    elif isinstance(statement, ast.Return) and statement.value is None:
+    elif isinstance(statement, ast.Continue | ast.Expr) or (
+        isinstance(statement, ast.Return) and statement.value is None
+    ):
         yield ast.Pass()
 
 

@@ -32,7 +32,7 @@ class _LowprecOp(PlainOp):
 
 
 class _GatheredOp(PlainOp):
-    """Prefills as xFormers' ops see them: keys by `contiguous_kv`, the mask by `contiguous_bias`."""
+    """Prefills as xFormers' ops get them: keys by `contiguous_kv`, a mask by `contiguous_bias`."""
 
     def run(self, call: Call) -> None:
         batch, layer = call.batch, call.layer
