@@ -12,7 +12,7 @@ import torch
 from fixtures.cases import AttnCase
 from fixtures.inputs import AttnInputs, build_inputs
 from fixtures.transforms import permute_blocks
-from tests.harness.candidate import Driver, Outcome, drive, new_output
+from tests.harness.candidate import Driver, Outcome, common_metadata, drive, new_output
 from tests.harness.compare import check_output
 from tests.harness.oracle import expected
 from xfv1.backend import XFormersAttentionBackend
@@ -88,12 +88,26 @@ def check_phase(phase: Phase, split: Split, inputs: AttnInputs, requests: slice,
     assert phase.plans == {}
 
 
+def check_whole(metadata: Any, split: Split, inputs: AttnInputs) -> None:
+    """What vLLM's own code reads of a batch's metadata is what it said of the batch."""
+    if split.case.attention == "cross":
+        # vLLM builds that of another batch.
+        return
+    common = common_metadata(inputs)
+    for name in ("num_actual_tokens", "max_query_len", "max_seq_len", "causal"):
+        assert getattr(metadata, name) == getattr(common, name), name
+    for name in ("query_start_loc", "seq_lens", "slot_mapping"):
+        assert torch.equal(getattr(metadata, name), getattr(common, name)), name
+    assert torch.equal(metadata.block_table, common.block_table_tensor)
+
+
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 def test_phases_are_what_the_batch_is(split: Split) -> None:
     inputs, _, metadata = built(split)
     every, decodes = slice(0, inputs.num_reqs), split.decodes
     longest = max(split.case.query_lens)
     check_phase(metadata.whole, split, inputs, every, PREFILL if longest > 1 else DECODE)
+    check_whole(metadata, split, inputs)
     wanted = [(slice(0, decodes), DECODE), (slice(decodes, inputs.num_reqs), PREFILL)]
     wanted = [(part, kind) for part, kind in wanted if part.start < part.stop]
     assert len(metadata.phases) == len(wanted)

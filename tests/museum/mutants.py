@@ -129,7 +129,6 @@ WITHOUT = (
     Without("xfv1.kernels.paged", "*_config", _TILING),
     Without("xfv1.kernels.paged", "_row_tile", _TILING),
     Without("xfv1.kernels.paged", "_num_sms", _TILING),
-    Without("xfv1.kernels.paged", "Workspace.*", "not used by a backend"),
     *(
         Without("xfv1.kernels.paged", "paged_attention", _TILING, f"{name} = *")
         for name in ("decode", "config", "choose", "num_keys", "per_sm", "programs", "target")
@@ -316,7 +315,7 @@ def put_in_place(mutant: Mutant, folder: Path) -> None:
     path = folder / f"{mutant.module.rpartition('.')[2]}.py"
     path.write_text(mutant.source)
     sys.dont_write_bytecode = True
-    sys.meta_path.insert(0, _Finder(mutant.module, path))  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Finder(mutant.module, path))
 
 
 Say = Callable[[dict[str, Any]], None]

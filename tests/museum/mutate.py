@@ -295,14 +295,8 @@ def _of_statement(statement: ast.stmt, bound: set[str]) -> Iterator[ast.AST]:
 def _of_expression(node: ast.AST, slot: _Slot) -> Iterator[ast.AST]:
     if isinstance(node, ast.expr) and _is_text(node):
         return
-    if slot.name == "test" and not isinstance(node, ast.Compare):
-        inverted = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
-        yield node.operand if inverted else ast.UnaryOp(ast.Not(), node)  # type: ignore[attr-defined]
-    elif slot.name == "test" and not isinstance(
-        node.ops[0],
-        ast.Eq | ast.NotEq | ast.Is | ast.IsNot | ast.In | ast.NotIn,  # type: ignore[attr-defined]
-    ):
-        yield ast.UnaryOp(ast.Not(), node)  # type: ignore[arg-type]
+    if slot.name == "test" and isinstance(node, ast.expr):
+        yield from _of_test(node)
     if isinstance(node, ast.Compare):
         for at, operator in enumerate(node.ops):
             ops = list(node.ops)
@@ -333,6 +327,16 @@ def _of_expression(node: ast.AST, slot: _Slot) -> Iterator[ast.AST]:
         yield ast.Name(OTHER[node.id], ast.Load())
     elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and node.attr in OTHER:
         yield ast.Attribute(node.value, OTHER[node.attr], ast.Load())
+
+
+def _of_test(node: ast.expr) -> Iterator[ast.AST]:
+    """A condition the other way round, where that is not its comparison's other way round."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield node.operand
+    elif not isinstance(node, ast.Compare) or isinstance(
+        node.ops[0], ast.Lt | ast.LtE | ast.Gt | ast.GtE
+    ):
+        yield ast.UnaryOp(ast.Not(), node)
 
 
 def _of_operation(node: ast.BinOp) -> Iterator[ast.AST]:

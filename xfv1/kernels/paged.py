@@ -21,7 +21,7 @@ How the work is cut:
 * Keys are visited in tiles of ``block_n`` positions, aligned to ``block_n``; a tile may span
   several blocks of the cache. Tiles that every row sees in full take a path without any mask.
 * The tiles of a program may be cut over ``num_splits`` programs; each leaves its unnormalised sum,
-  max and denominator in the workspace and ``_merge_kernel`` adds them up, in a fixed order.
+  max and denominator in memory and ``_merge_kernel`` adds them up, in a fixed order.
 * Batch invariant, all of this is fixed: one tiling, no splits, no path without a mask, and the
   keys in ascending order. A tile that a row does not see leaves its sums as they are, bit for bit.
 
@@ -38,7 +38,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["Config", "Workspace", "decode_config", "paged_attention", "prefill_config"]
+__all__ = ["Config", "decode_config", "paged_attention", "prefill_config"]
 
 MAX_HEAD_SIZE = 512
 MAX_SPLITS = 128
@@ -582,41 +582,6 @@ def prefill_config(
     return Config(_row_tile(rows, 128), 64 if head_size <= 128 else 32, 8, 3)
 
 
-@dataclass(frozen=True)
-class Workspace:
-    """Persistent float32 buffers for the partial results of split launches.
-
-    A launch needs ``num_tokens * num_heads * num_splits`` rows; which tokens and splits these are
-    is laid out anew by each launch, so fewer tokens leave room for more splits.
-    """
-
-    acc: torch.Tensor  # [rows, head_size]
-    max: torch.Tensor  # [rows], in units of log2
-    sum: torch.Tensor  # [rows]
-
-    @classmethod
-    def allocate(
-        cls,
-        max_reqs_tokens: int,
-        num_heads: int,
-        head_size: int,
-        max_splits: int,
-        device: torch.device | str,
-    ) -> Workspace:
-        """Room for ``max_reqs_tokens`` query tokens in ``max_splits`` splits each."""
-        rows = max_reqs_tokens * num_heads * max_splits
-
-        def empty(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=device)
-
-        return cls(empty(rows, head_size), empty(rows), empty(rows))
-
-    def splits_for(self, num_tokens: int, num_heads: int, head_size: int) -> int:
-        """The most splits that a launch of this size has room for."""
-        rows = min(self.acc.numel() // head_size, self.max.numel(), self.sum.numel())
-        return rows // (num_tokens * num_heads)
-
-
 @cache
 def _num_sms(device: torch.device) -> int:
     if device.type != "cuda":
@@ -662,7 +627,6 @@ def paged_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
-    workspace: Workspace | None = None,
     num_splits: int | None = None,
     config: Config | None = None,
     batch_invariant: bool = False,
@@ -691,8 +655,6 @@ def paged_attention(
         sinks: [num_heads], a logit per head that only joins the denominator.
         k_scale, v_scale: one float each, on the device: what the cached values are multiplied by.
         lse: [num_tokens, num_heads] float32, any strides; written if given.
-        workspace: buffers for split launches, else they are allocated. One too small lowers the
-            number of splits.
         num_splits: programs that share the keys of one row tile; None: chosen to fill the GPU.
         config: tiling, in place of ``decode_config`` or ``prefill_config``.
         batch_invariant: a token's answer is the same bits whatever else is in the batch, and
@@ -744,18 +706,13 @@ def paged_attention(
         target = _num_sms(query.device) * per_sm
         num_splits = -(-target // programs) if decode else target // programs
         num_splits = min(num_splits, num_keys // MIN_SPLIT_KEYS, MAX_SPLITS)
-    if workspace is not None:
-        num_splits = min(num_splits, workspace.splits_for(num_tokens, num_heads, head_size))
     num_splits = max(num_splits, 1)
     split = num_splits > 1
-    if split and workspace is None:
-        workspace = Workspace.allocate(num_tokens, num_heads, head_size, num_splits, query.device)
-
-    acc, part_max, part_sum = (
-        (workspace.acc, workspace.max, workspace.sum)
-        if split and workspace is not None
-        else (None, None, None)
-    )
+    acc = part_max = part_sum = None
+    if split:
+        shape = (num_tokens, num_heads, num_splits)
+        acc = query.new_empty((*shape, head_size), dtype=torch.float32)
+        part_max, part_sum = (query.new_empty(shape, dtype=torch.float32) for _ in range(2))
     lse_strides = (0, 0) if lse is None else lse.stride()
     part1, part2 = _head_parts(head_size)
     _attention_kernel[(num_tiles * num_kv_heads, num_splits)](
