@@ -12,8 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import functools
-import hashlib
 import importlib.util
 import itertools
 import json
@@ -22,7 +20,6 @@ import signal
 import sys
 import tempfile
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -54,11 +51,21 @@ from tests.museum.kill import (  # noqa: E402
     asked_in,
     attempt,
 )
-from tests.museum.mutate import Mutant, MutantError, Without, mutants_of  # noqa: E402
+from tests.museum.mutate import Mutant  # noqa: E402
+from tests.museum.targets import (  # noqa: E402
+    EQUIVALENT,
+    TARGETS,
+    WITHOUT,
+    Lane,
+    Target,
+    chosen,
+    digest,
+    explained,
+    generated,
+)
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "mutants.json"
-EQUIVALENT = Path(__file__).parent / "equivalent.toml"
 CRASHED, TIMEOUT = "crashed", "timeout"
 # What a process that runs into its alarm is given, over what the truth takes.
 SLOWER, LEAST_SECONDS = 10, 10
@@ -66,93 +73,6 @@ SLOWER, LEAST_SECONDS = 10, 10
 HEAVY = 110
 # The first cases of a lane are asked in all ways, the others for their output.
 DEEP = 2
-
-
-@dataclass(frozen=True)
-class Lane:
-    """A candidate as --candidate names it, and XFV1_OPS for it. interpreted: slow."""
-
-    candidate: str
-    ops: str = ""
-    interpreted: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.ops or self.candidate
-
-
-TORCH = Lane("xfv1", "torch")
-OWN = Lane("xfv1", "triton", interpreted=True)
-SPLITK = Lane("xfv1", "xformers_splitk,triton", interpreted=True)
-GATHERED = Lane("tests.museum.twins:Gathered")
-LOWPREC = Lane("tests.museum.twins:Lowprec")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A module to change. lanes: what runs it. tests: asked where the lanes notice nothing, as
-    pytest takes them. one_in: of its mutants every so many-th is run, by its id's hash."""
-
-    module: str
-    lanes: tuple[Lane, ...]
-    tests: tuple[str, ...] = ()
-    one_in: int = 1
-
-
-_METADATA = "tests/integration/test_phases.py"
-_DISPATCH = "tests/integration/test_dispatch.py"
-_LSE = "tests/integration/test_lse.py"
-TARGETS = (
-    Target("xfv1.metadata", (TORCH, GATHERED), (_METADATA,), one_in=3),
-    Target("xfv1.impl", (TORCH, GATHERED), (_DISPATCH,), one_in=4),
-    Target("xfv1.dispatch", (TORCH,), (_DISPATCH,), one_in=3),
-    Target("xfv1.compat", (TORCH,), one_in=2),
-    Target("xfv1.ops.torch_cpu", (TORCH,), (f"{_LSE} -k torch",), one_in=4),
-    Target("xfv1.ops.triton_paged", (OWN,), (f"{_LSE} -k triton",)),
-    Target("xfv1.kernels.paged", (OWN,), (f"{_LSE} -k triton",), one_in=8),
-    Target("xfv1.ops.xformers_splitk", (SPLITK,)),
-    Target("xfv1.ops.xformers_base", (GATHERED, SPLITK), (f"{_LSE} -k xformers_splitk",), one_in=4),
-    Target("xfv1.ops.gather", (GATHERED,), one_in=3),
-    Target("reference.lowprec", (LOWPREC,), ("tests/oracle/test_lowprec.py",)),
-)
-_GPU = "a GPU's, or another vLLM's"
-_TILING = "how the work is cut decides how fast it is, and no answer"
-WITHOUT = (
-    Without("xfv1.compat", "check_version", "what is logged"),
-    Without("xfv1.compat", "log_once", "what is logged"),
-    Without("xfv1.compat", "device_kind", _GPU),
-    Without("xfv1.compat", "fp8_dtype", _GPU),
-    Without("xfv1.compat", "stride_order", _GPU),
-    Without("xfv1.compat", "write_kv", _GPU, "raw = *"),
-    Without("xfv1.compat", "write_kv", _GPU, "_custom_ops.*"),
-    Without("xfv1.compat", "write_kv", _GPU, "key.device.type == 'cuda'"),
-    Without("xfv1.kernels.paged", "*_config", _TILING),
-    Without("xfv1.kernels.paged", "_row_tile", _TILING),
-    Without("xfv1.kernels.paged", "_num_sms", _TILING),
-    *(
-        Without("xfv1.kernels.paged", "paged_attention", _TILING, f"{name} = *")
-        for name in ("decode", "config", "choose", "num_keys", "per_sm", "programs", "target")
-    ),
-    Without("xfv1.kernels.paged", "paged_attention", _TILING, "num_splits = -(*"),
-    Without("xfv1.kernels.paged", "paged_attention", _TILING, "num_splits = min(*"),
-    Without("xfv1.kernels.paged", "paged_attention", _TILING, "num_warps=4"),
-    Without("xfv1.kernels.paged", "paged_attention", _TILING, "BLOCK_S=16"),
-)
-
-
-@functools.cache
-def generated(module: str) -> list[Mutant]:
-    """All of a module's, but what is not changed."""
-    return mutants_of(module, WITHOUT)
-
-
-def chosen(target: Target) -> list[Mutant]:
-    """The mutants of a module that are run."""
-    return [m for m in generated(target.module) if _digest(m.id) % target.one_in == 0]
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 # Which cases.
@@ -478,19 +398,6 @@ def _seconds_of(tests: str, ops: str) -> float:
     return found.seconds
 
 
-def explained() -> dict[str, str]:
-    """By id of a mutant, why no answer changes."""
-    reasons = {}
-    for entry in tomllib.loads(EQUIVALENT.read_text()).get("equivalent", []):
-        if set(entry) != {"reason", "ids"} or not entry["reason"] or not entry["ids"]:
-            raise MutantError(f"{EQUIVALENT.name}: {entry}: expected a reason and ids")
-        for name in entry["ids"]:
-            if name in reasons:
-                raise MutantError(f"{EQUIVALENT.name}: {name} is there twice")
-            reasons[name] = entry["reason"]
-    return reasons
-
-
 def run(mutants: Sequence[tuple[Target, Mutant]], plan: Plan) -> Iterator[Verdict]:
     reasons = explained()
     for target, mutant in mutants:
@@ -502,7 +409,7 @@ def run(mutants: Sequence[tuple[Target, Mutant]], plan: Plan) -> Iterator[Verdic
 
 def problems(verdicts: Sequence[Verdict]) -> list[str]:
     """What is not as equivalent.toml says."""
-    known = {m.id for target in TARGETS for m in generated(target.module)}
+    known = {m.id for target in TARGETS for m in generated(target)}
     stale = [name for name in explained() if name not in known]
     wrong = [f"{EQUIVALENT.name}: {name} is no mutant" for name in stale]
     for verdict in verdicts:
@@ -521,7 +428,7 @@ def report(verdicts: Sequence[Verdict], plan: Plan) -> dict[str, Any]:
         counts = Counter(v.verdict for v in own)
         real = [v for v in own if not v.equivalent]
         files[target.module] = {
-            "generated": len(generated(target.module)),
+            "generated": len(generated(target)),
             "run": len(own),
             **{name: counts[name] for name in (KILLED, CRASHED, TIMEOUT, SURVIVED)},
             "equivalent": len(own) - len(real),
@@ -563,7 +470,7 @@ def sampled(count: int) -> list[tuple[Mutant, Ask, str]]:
         own = [r for r in own if r["lane"] in lanes and r["id"] in known]
         common = Counter((r["lane"], r["case"]) for r in own).most_common(1)
         own = [r for r in own if (r["lane"], r["case"]) == common[0][0]]
-        own.sort(key=lambda r: _digest(r["id"]))
+        own.sort(key=lambda r: digest(r["id"]))
         found.append(
             [(known[r["id"]], Ask(lanes[r["lane"]], _row(r["case"]), True), r["kind"]) for r in own]
         )

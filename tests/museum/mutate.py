@@ -10,7 +10,7 @@ import copy
 import fnmatch
 import importlib.util
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,8 @@ OPTIONAL = {
     "seq_lens_cpu",
 }
 LOADS = {"load", "store"}
+# What keys and values, lengths and starts have in common.
+COMMON = {"device", "dtype", "shape"}
 
 
 class MutantError(Exception):
@@ -106,7 +108,8 @@ class Without:
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change. function: its qualified name. before, after: the source of the part changed."""
+    """One change. function: its qualified name. before, after: the source of the part changed.
+    source: the whole module's."""
 
     id: str
     module: str
@@ -143,8 +146,15 @@ def source_of(module: str) -> Path:
     return Path(spec.origin)
 
 
-def mutants_of(module: str, without: Iterable[Without] = ()) -> list[Mutant]:
+def mutants_of(
+    module: str,
+    without: Iterable[Without] = (),
+    rendered: Callable[[str], bool] = lambda name: True,
+) -> list[Mutant]:
     """Every mutant of a module, in the order of its source.
+
+    Args:
+        rendered: by id, whether its source is wanted; others have none.
 
     Raises:
         MutantError: for a `Without` of the module that matches nothing.
@@ -153,27 +163,29 @@ def mutants_of(module: str, without: Iterable[Without] = ()) -> list[Mutant]:
     kept_out = [each for each in without if each.module == module]
     used: set[Without] = set()
     found: list[Mutant] = []
-    for name, function in _functions(tree):
-        seen = {ast.unparse(function)}
+    for function, node in _functions(tree):
+        seen: set[tuple[int, str]] = set()
         counts: Counter[str] = Counter()
-        for slot, replacement in _changes(function):
+        for slot, replacement in _changes(node):
             before = slot.get()
-            texts = [ast.unparse(node) for node in (*slot.within, before)]
-            hit = [w for w in kept_out if _matches(w, name, texts)]
+            parts = [ast.unparse(part) for part in (*slot.within, before)]
+            hit = [w for w in kept_out if _matches(w, function, parts)]
             used.update(hit)
             if hit:
                 continue
             shown = _shown(slot)
             was = ast.unparse(shown)
             slot.put(replacement)
-            whole = ast.unparse(function)
-            if whole not in seen:
+            # Two changes may come to the same, within one statement.
+            whole = id((*slot.within, before)[0]), ast.unparse((*slot.within, replacement)[0])
+            if whole[1] != parts[0] and whole not in seen:
                 seen.add(whole)
                 now = ast.unparse(replacement if shown is before else shown)
-                short = f"{module}:{name}: {_short(was)} -> {_short(now)}"
-                counts[short] += 1
-                number = f" #{counts[short]}" if counts[short] > 1 else ""
-                found.append(Mutant(short + number, module, name, was, now, ast.unparse(tree)))
+                name = f"{module}:{function}: {_short(was)} -> {_short(now)}"
+                counts[name] += 1
+                name += f" #{counts[name]}" if counts[name] > 1 else ""
+                source = ast.unparse(tree) if rendered(name) else ""
+                found.append(Mutant(name, module, function, was, now, source))
             slot.put(before)
     if unused := [w for w in kept_out if w not in used]:
         raise MutantError(f"excludes nothing: {unused[0]}")
@@ -226,6 +238,8 @@ def _changes(function: ast.FunctionDef) -> Iterator[tuple[_Slot, ast.AST]]:
         elif not getattr(statement, "body", None):
             bound |= _targets(statement)
         for inner in _expressions(statement):
+            if getattr(inner.parent, "attr", "") in COMMON:
+                continue
             for other in _of_expression(inner.get(), inner):
                 if not isinstance(other, ast.Name) or other.id in known:
                     yield inner, other

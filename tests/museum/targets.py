@@ -1,0 +1,111 @@
+"""Which modules are mutated, what runs them, and what of them is left as it is."""
+
+import functools
+import hashlib
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.museum.mutate import Mutant, MutantError, Without, mutants_of
+
+EQUIVALENT = Path(__file__).parent / "equivalent.toml"
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A candidate as --candidate names it, and XFV1_OPS for it. interpreted: slow."""
+
+    candidate: str
+    ops: str = ""
+    interpreted: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.ops or self.candidate
+
+
+TORCH = Lane("xfv1", "torch")
+OWN = Lane("xfv1", "triton", interpreted=True)
+SPLITK = Lane("xfv1", "xformers_splitk,triton", interpreted=True)
+GATHERED = Lane("tests.museum.twins:Gathered")
+LOWPREC = Lane("tests.museum.twins:Lowprec")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module to change. lanes: what runs it. tests: asked where the lanes notice nothing, as
+    pytest takes them. one_in: of its mutants every so many-th is run, by its id's hash."""
+
+    module: str
+    lanes: tuple[Lane, ...]
+    tests: tuple[str, ...] = ()
+    one_in: int = 1
+
+
+_METADATA = "tests/integration/test_phases.py"
+_DISPATCH = "tests/integration/test_dispatch.py"
+_LSE = "tests/integration/test_lse.py"
+TARGETS = (
+    Target("xfv1.metadata", (TORCH, GATHERED), (_METADATA,), one_in=3),
+    Target("xfv1.impl", (TORCH, GATHERED), (_DISPATCH,), one_in=4),
+    Target("xfv1.dispatch", (TORCH,), (_DISPATCH,), one_in=3),
+    Target("xfv1.compat", (TORCH,), one_in=2),
+    Target("xfv1.ops.torch_cpu", (TORCH,), (f"{_LSE} -k torch",), one_in=4),
+    Target("xfv1.ops.triton_paged", (OWN,), (f"{_LSE} -k triton",)),
+    Target("xfv1.kernels.paged", (OWN,), (f"{_LSE} -k triton",), one_in=8),
+    Target("xfv1.ops.xformers_splitk", (SPLITK,)),
+    Target("xfv1.ops.xformers_base", (GATHERED, SPLITK), (f"{_LSE} -k xformers_splitk",), one_in=4),
+    Target("xfv1.ops.gather", (GATHERED,), one_in=3),
+    Target("reference.lowprec", (LOWPREC,), ("tests/oracle/test_lowprec.py",)),
+)
+_GPU = "a GPU's, or another vLLM's"
+_TILING = "how the work is cut decides how fast it is, and no answer"
+WITHOUT = (
+    Without("xfv1.compat", "check_version", "what is logged"),
+    Without("xfv1.compat", "log_once", "what is logged"),
+    Without("xfv1.compat", "device_kind", _GPU),
+    Without("xfv1.compat", "fp8_dtype", _GPU),
+    Without("xfv1.compat", "stride_order", _GPU),
+    Without("xfv1.compat", "write_kv", _GPU, "raw = *"),
+    Without("xfv1.compat", "write_kv", _GPU, "_custom_ops.*"),
+    Without("xfv1.compat", "write_kv", _GPU, "key.device.type == 'cuda'"),
+    Without("xfv1.kernels.paged", "*_config", _TILING),
+    Without("xfv1.kernels.paged", "_row_tile", _TILING),
+    Without("xfv1.kernels.paged", "_num_sms", _TILING),
+    *(
+        Without("xfv1.kernels.paged", "paged_attention", _TILING, f"{name} = *")
+        for name in ("decode", "config", "choose", "num_keys", "per_sm", "programs", "target")
+    ),
+    Without("xfv1.kernels.paged", "paged_attention", _TILING, "num_splits = -(*"),
+    Without("xfv1.kernels.paged", "paged_attention", _TILING, "num_splits = min(*"),
+    Without("xfv1.kernels.paged", "paged_attention", _TILING, "num_warps=4"),
+    Without("xfv1.kernels.paged", "paged_attention", _TILING, "BLOCK_S=16"),
+)
+
+
+@functools.cache
+def generated(target: Target) -> list[Mutant]:
+    """All of a module's, but what is not changed; those that are run with their source."""
+    return mutants_of(target.module, WITHOUT, lambda name: digest(name) % target.one_in == 0)
+
+
+def chosen(target: Target) -> list[Mutant]:
+    """The mutants of a module that are run."""
+    return [mutant for mutant in generated(target) if mutant.source]
+
+
+def digest(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def explained() -> dict[str, str]:
+    """By id of a mutant, why no answer changes."""
+    reasons = {}
+    for entry in tomllib.loads(EQUIVALENT.read_text()).get("equivalent", []):
+        if set(entry) != {"reason", "ids"} or not entry["reason"] or not entry["ids"]:
+            raise MutantError(f"{EQUIVALENT.name}: {entry}: expected a reason and ids")
+        for name in entry["ids"]:
+            if name in reasons:
+                raise MutantError(f"{EQUIVALENT.name}: {name} is there twice")
+            reasons[name] = entry["reason"]
+    return reasons
