@@ -319,3 +319,37 @@ def test_layers_alike_but_for_whose_keys_they_read_choose_each_their_own_op(
         facts = impl._layer(torch.float32, 16, True)
         impl._op(facts, phase, impl._split(cache), torch.zeros(12, 8, 64))
     assert [batch.fresh for batch in asked] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("attn_type", "causal", "block_size", "encoder", "host_lens"),
+    [
+        ("decoder", True, 16, False, True),
+        ("encoder_only", False, 0, True, True),
+        ("encoder", False, 0, True, True),
+        ("encoder_decoder", False, 16, False, False),
+    ],
+)
+def test_a_layer_is_asked_about_for_what_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+    attn_type: str,
+    causal: bool,
+    block_size: int,
+    encoder: bool,
+    host_lens: bool,
+) -> None:
+    """When it is made: what no op serves is refused there, and cross attention's lengths are
+    known on the device alone."""
+    from xfv1.impl import XFormersImpl
+
+    asked: list[tuple[Layer, dict[str, Any]]] = []
+
+    def record(layer: Layer, device: Device, **kind: Any) -> list[str]:
+        asked.append((layer, kind))
+        return []
+
+    monkeypatch.setattr(dispatch, "layer_reasons", record)
+    XFormersImpl(8, 64, 0.125, 2, attn_type=attn_type)
+    ((layer, kind),) = asked
+    assert (layer.causal, layer.block_size) == (causal, block_size)
+    assert kind == {"encoder": encoder, "host_lens": host_lens}
