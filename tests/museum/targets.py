@@ -42,11 +42,11 @@ class Target:
     one_in: int = 1
 
 
-_METADATA = "tests/integration/test_phases.py"
+_METADATA = ("tests/integration/test_phases.py", "tests/integration/test_metadata.py")
 _DISPATCH = "tests/integration/test_dispatch.py"
 _LSE = "tests/integration/test_lse.py"
 TARGETS = (
-    Target("xfv1.metadata", (TORCH, GATHERED), (_METADATA,), one_in=3),
+    Target("xfv1.metadata", (TORCH, GATHERED), _METADATA, one_in=3),
     Target("xfv1.impl", (TORCH, GATHERED), (_DISPATCH,), one_in=4),
     Target("xfv1.dispatch", (TORCH,), (_DISPATCH,), one_in=3),
     Target("xfv1.compat", (TORCH,), one_in=2),
