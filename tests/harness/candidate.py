@@ -134,15 +134,23 @@ class Driver:
         return quantized
 
     def run(self, inputs: AttnInputs) -> Outcome:
-        """A whole step: build, write, attend, on the candidate's own copy of batch and cache.
+        """A whole step on the candidate's own copy of batch and cache; the outcome lies where the
+        inputs do.
 
-        The outcome lies where the inputs do.
+        Raises:
+            Mismatch: see `step`.
+        """
+        done, to = self.step(inputs.copied(self.device)), inputs.device
+        query = None if done.query is None else done.query.to(to)
+        return Outcome(done.output.to(to), done.storage.to(to), query, done.given)
+
+    def step(self, given: AttnInputs) -> Outcome:
+        """Build, write, attend; the cache is written in place.
 
         Raises:
             Mismatch: if the backend raises NotImplementedError: it has accepted the layer, and a
                 server would die of it in the middle of its service.
         """
-        given = inputs.copied(self.device)
         output = new_output(given)
         try:
             metadata = self.metadata(given)
@@ -152,9 +160,7 @@ class Driver:
             raise Mismatch(f"accepted the layer, then refused a batch: {error}") from error
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        to = inputs.device
-        query = None if query is None else query.to(to)
-        return Outcome(output.to(to), given.storage.to(to), query, given)
+        return Outcome(output, given.storage, query, given)
 
 
 def new_output(inputs: AttnInputs) -> torch.Tensor:
