@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from xfv1 import dispatch
-from xfv1.dispatch import OPS, RULES, NoOp, UnknownOp, choose, layer_reasons, order_of
+from xfv1.dispatch import OPS, RULES, NoOp, Rule, UnknownOp, choose, layer_reasons, order_of
 from xfv1.ops import vllm_fa
 from xfv1.ops.base import DECODE, ENCODER, PHASES, PREFILL, Batch, Device, Layer
 
@@ -278,6 +278,66 @@ def test_rules_name_ops_that_exist_once_each() -> None:
         assert rule.phase in PHASES
 
 
+RULE = Rule(
+    DECODE,
+    ("triton",),
+    head_sizes=(64, 128),
+    num_reqs=(2, 16),
+    seq_lens=(256, 4096),
+    dtypes=(torch.float16,),
+    capability=((8, 0), (9, 0)),
+)
+
+
+@pytest.mark.parametrize(
+    ("fits", "facts"),
+    [
+        *((True, {"head_size": n}) for n in (64, 80, 128)),
+        *((False, {"head_size": n}) for n in (63, 129)),
+        *((True, {"num_reqs": n}) for n in (2, 16)),
+        *((False, {"num_reqs": n}) for n in (1, 17)),
+        *((True, {"max_seq_len": n}) for n in (256, 4096)),
+        *((False, {"max_seq_len": n}) for n in (255, 4097)),
+        *((True, {"capability": n}) for n in ((8, 0), (8, 6), (9, 0))),
+        *((False, {"capability": n}) for n in ((7, 5), (9, 1), (10, 0))),
+        (False, {"dtype": torch.bfloat16}),
+        (False, {"phase": PREFILL}),
+    ],
+    ids=str,
+)
+def test_a_rules_bounds_are_within_it(fits: bool, facts: dict[str, Any]) -> None:
+    all_facts: dict[str, Any] = {
+        "phase": DECODE,
+        "num_reqs": 4,
+        "max_seq_len": 1024,
+        "head_size": 128,
+        "dtype": torch.float16,
+        "capability": (8, 0),
+    } | facts
+    layer, batch, device = (
+        dataclasses.replace(of, **{k: v for k, v in all_facts.items() if hasattr(of, k)})
+        for of in (PLAIN, DECODES, AMPERE)
+    )
+    assert RULE.fits(layer, batch, device) == fits
+    anything = Rule(batch.phase, ("triton",))
+    assert anything.fits(layer, batch, device)
+
+
+def test_batches_are_told_apart_by_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded up, so that one is in a rule's bounds if all are that round to it."""
+    seen: list[Batch] = []
+    rounded = {0: 0, 1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 16: 16, 17: 32}
+    with monkeypatch.context() as patched:
+        patched.setattr(dispatch, "_choose", lambda layer, batch, *_: seen.append(batch))
+        for count in rounded:
+            choose(PLAIN, Batch(DECODE, num_reqs=count, max_seq_len=max(count, 1)), AMPERE)
+        for length in (1, 63, 64, 65):
+            choose(PLAIN, Batch(PREFILL, max_query_len=length), AMPERE)
+    assert [batch.num_reqs for batch in seen[:8]] == list(rounded.values())
+    assert [batch.max_seq_len for batch in seen[:8]] == [1, *list(rounded.values())[1:]]
+    assert [batch.max_query_len for batch in seen[8:]] == [1, 63, 64, 64]
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_rule_fits_whatever_a_phase_brings(phase: str) -> None:
     """And each ends with what serves all layers: Triton's op on a GPU, PyTorch's on a CPU."""
@@ -352,4 +412,4 @@ def test_a_layer_is_asked_about_for_what_it_is(
     XFormersImpl(8, 64, 0.125, 2, attn_type=attn_type)
     ((layer, kind),) = asked
     assert (layer.causal, layer.block_size) == (causal, block_size)
-    assert kind == {"encoder": encoder, "host_lens": host_lens}
+    assert kind == {"encoder": encoder, "host_lens": host_lens, "lse": False}

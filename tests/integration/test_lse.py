@@ -153,3 +153,20 @@ def test_triton_kernels_give_it_in_the_interpreter(
     run = run_once(tmp_path, "tests/integration/test_lse.py", "-p", "no:xdist")
     assert run.status == 0, run.output
     assert re.search(r"= \d+ passed, 1 skipped", run.output), run.output
+
+
+@pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_a_query_that_sees_no_key_gives_zeros(name: str, sinks: bool, device: torch.device) -> None:
+    """And an LSE of minus infinity, or of the sink: what merging it with other keys needs."""
+    inputs = build_inputs(AttnCase(scenario="small_decode", sinks=sinks), device)
+    call = _call(inputs)
+    if reasons := OPS[name].not_supported_reasons(call.layer, call.batch, device_of(device.type)):
+        pytest.skip(f"{name}: {'; '.join(reasons)}")
+    call.seq_lens = torch.zeros_like(call.seq_lens)
+    OPS[name].run(call)
+    assert call.lse is not None
+    empty = torch.full_like(call.lse, float("-inf"))
+    expected = empty if inputs.sinks is None else inputs.sinks.float().expand_as(empty)
+    assert torch.equal(call.out, torch.zeros_like(call.out))
+    assert torch.allclose(call.lse, expected, rtol=1e-6)

@@ -71,7 +71,7 @@ CRASHED, TIMEOUT = "crashed", "timeout"
 SLOWER, LEAST_SECONDS = 10, 10
 # Tiles of rows and keys, of about 16 by 32, that Triton's interpreter does in two seconds.
 HEAVY = 110
-# The first cases of a lane are asked in all ways, the others for their output.
+# The first cases of a lane are asked in all ways.
 DEEP = 2
 
 
@@ -172,10 +172,9 @@ def _served(lane: Lane, case: AttnCase) -> bool:
 
 
 def asked(ask: Ask) -> list[str]:
-    """The kinds of test that the cpu tier asks of a case."""
-    if not ask.deep:
-        return ["output"]
-    return [k for k in KINDS if applies(k, ask.row.case) and asked_in(k, ask.row) in TIERS[:2]]
+    """The kinds of test that the cpu tier asks of a case; of most, those about numbers alone."""
+    kinds = KINDS if ask.deep else ("output", "poison")
+    return [k for k in kinds if applies(k, ask.row.case) and asked_in(k, ask.row) in TIERS[:2]]
 
 
 def ask_once(ask: Ask, kind: str) -> Attempt:

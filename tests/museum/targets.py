@@ -44,19 +44,24 @@ class Target:
 
 _METADATA = ("tests/integration/test_phases.py", "tests/integration/test_metadata.py")
 _DISPATCH = "tests/integration/test_dispatch.py"
-_LSE = "tests/integration/test_lse.py"
+_IMPL = "tests/integration/test_impl.py"
+_LSE = (
+    "tests/integration/test_lse.py -k no_key",
+    "tests/integration/test_lse.py::test_lse_is_the_references"
+    "[edge_decode-h8kv2-gqa-head64-block16-fp16]",
+)
 TARGETS = (
-    Target("xfv1.metadata", (TORCH, GATHERED), _METADATA, one_in=3),
-    Target("xfv1.impl", (TORCH, GATHERED), (_DISPATCH,), one_in=4),
-    Target("xfv1.dispatch", (TORCH,), (_DISPATCH,), one_in=3),
-    Target("xfv1.compat", (TORCH,), one_in=2),
-    Target("xfv1.ops.torch_cpu", (TORCH,), (f"{_LSE} -k torch",), one_in=4),
-    Target("xfv1.ops.triton_paged", (OWN,), (f"{_LSE} -k triton",)),
-    Target("xfv1.kernels.paged", (OWN,), (f"{_LSE} -k triton",), one_in=8),
+    Target("xfv1.metadata", (TORCH, GATHERED), _METADATA, one_in=6),
+    Target("xfv1.impl", (TORCH, GATHERED), (_IMPL, _DISPATCH), one_in=8),
+    Target("xfv1.dispatch", (TORCH,), (_DISPATCH,), one_in=6),
+    Target("xfv1.compat", (TORCH,), one_in=3),
+    Target("xfv1.ops.torch_cpu", (TORCH,), _LSE, one_in=8),
+    Target("xfv1.ops.triton_paged", (OWN,), _LSE, one_in=2),
+    Target("xfv1.kernels.paged", (OWN,), _LSE, one_in=12),
     Target("xfv1.ops.xformers_splitk", (SPLITK,)),
-    Target("xfv1.ops.xformers_base", (GATHERED, SPLITK), (f"{_LSE} -k xformers_splitk",), one_in=4),
-    Target("xfv1.ops.gather", (GATHERED,), one_in=3),
-    Target("reference.lowprec", (LOWPREC,), ("tests/oracle/test_lowprec.py",)),
+    Target("xfv1.ops.xformers_base", (GATHERED, SPLITK), _LSE[1:], one_in=8),
+    Target("xfv1.ops.gather", (GATHERED,), one_in=4),
+    Target("reference.lowprec", (LOWPREC,), ("tests/oracle/test_lowprec.py",), one_in=2),
 )
 _GPU = "a GPU's, or another vLLM's"
 _TILING = "how the work is cut decides how fast it is, and no answer"
@@ -69,6 +74,10 @@ WITHOUT = (
     Without("xfv1.compat", "write_kv", _GPU, "raw = *"),
     Without("xfv1.compat", "write_kv", _GPU, "_custom_ops.*"),
     Without("xfv1.compat", "write_kv", _GPU, "key.device.type == 'cuda'"),
+    *(
+        Without("xfv1.dispatch", "typical_batches", "any batch of its kind would do", part)
+        for part in ("num_reqs=*", "max_query_len=*", "max_seq_len=*")
+    ),
     Without("xfv1.kernels.paged", "*_config", _TILING),
     Without("xfv1.kernels.paged", "_row_tile", _TILING),
     Without("xfv1.kernels.paged", "_num_sms", _TILING),

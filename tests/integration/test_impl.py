@@ -1,0 +1,165 @@
+"""Does the impl tell its ops what the layer is, and run each phase once, by the op for it?"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fixtures.cases import KV_LAYOUTS, AttnCase
+from fixtures.inputs import AttnInputs, build_inputs
+from tests.harness.candidate import Driver, drive, new_output
+from xfv1 import dispatch
+from xfv1.backend import XFormersAttentionBackend
+from xfv1.impl import XFormersImpl
+from xfv1.ops.base import Batch, Call, Device, Layer
+from xfv1.ops.torch_cpu import TorchCpu
+
+pytestmark = pytest.mark.cpu
+
+CPU = torch.device("cpu")
+MIXED = AttnCase(scenario="mixed_small")
+PLAIN = Layer(
+    num_heads=8,
+    num_kv_heads=2,
+    head_size=64,
+    dtype=torch.float16,
+    kv_dtype=torch.float16,
+    block_size=16,
+)
+
+
+def driven(case: AttnCase) -> tuple[AttnInputs, Driver]:
+    return build_inputs(case, CPU), drive(XFormersAttentionBackend, case, CPU)
+
+
+class Recording(TorchCpu):
+    """The op of a CPU, which remembers what it was called with."""
+
+    def __init__(self, ragged: bool) -> None:
+        self.ragged = ragged
+        self.calls: list[Call] = []
+
+    def run(self, call: Call) -> None:
+        self.calls.append(call)
+        super().run(call)
+
+
+@pytest.mark.parametrize(
+    ("fields", "facts"),
+    [
+        ({}, {}),
+        ({"sliding_window": 17}, {"sliding_window": 17}),
+        ({"softcap": 30.0}, {"softcap": 30.0}),
+        ({"alibi": True}, {"alibi": True}),
+        ({"alibi": True, "alibi_sqrt": True}, {"alibi": True, "alibi_sqrt": True}),
+        ({"sinks": True}, {"sinks": True}),
+        ({"kv_dtype": "fp8_e5m2"}, {"kv_dtype": torch.float8_e5m2}),
+        ({"attention": "noncausal"}, {"causal": False}),
+        ({"block_size": 64}, {"block_size": 64}),
+    ],
+    ids=str,
+)
+def test_ops_are_chosen_by_the_layer_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    inputs, driver = driven(MIXED.replace(**fields))
+    asked: list[Layer] = []
+
+    def choose(layer: Layer, batch: Batch, device: Device) -> TorchCpu:
+        asked.append(layer)
+        return TorchCpu()
+
+    monkeypatch.setattr(dispatch, "choose", choose)
+    driver.run(inputs)
+    expected = {name: getattr(PLAIN, name) for name in PLAIN.__dataclass_fields__} | facts
+    assert {Layer(**expected)} == set(asked)
+
+
+@pytest.mark.parametrize(
+    ("ragged", "same", "rows"),
+    [
+        (True, True, [12]),
+        (False, True, [2, 10]),
+        (True, False, [2, 10]),
+    ],
+)
+def test_phases_are_run_together_where_one_op_would_have_them_so(
+    monkeypatch: pytest.MonkeyPatch, ragged: bool, same: bool, rows: list[int]
+) -> None:
+    inputs, driver = driven(MIXED)
+    one, other = Recording(ragged), Recording(ragged)
+    ops = {"decode": one, "prefill": one if same else other}
+    monkeypatch.setattr(dispatch, "choose", lambda layer, batch, device: ops[batch.phase])
+    driver.run(inputs)
+    assert [len(call.query) for call in one.calls + other.calls] == rows
+
+
+def test_an_encoder_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With lengths of one token beside others, which would be decodes of a decoder."""
+    lens = (1, 1, 9)
+    inputs, driver = driven(AttnCase(query_lens=lens, seq_lens=lens, attention="encoder"))
+    op = Recording(ragged=False)
+    monkeypatch.setattr(dispatch, "choose", lambda layer, batch, device: op)
+    driver.run(inputs)
+    (call,) = op.calls
+    assert (call.batch.phase, len(call.query), call.batch.max_seq_len) == ("encoder", 11, 9)
+    assert call.key_cache is None
+    assert call.batch.fresh
+
+
+@pytest.mark.parametrize(
+    ("sample", "fresh"),
+    [
+        (AttnCase(scenario="odd_prefill"), True),
+        (AttnCase(scenario="odd_prefill", attention="noncausal"), True),
+        (AttnCase(scenario="odd_prefill", kv_sharing=True), False),
+        (AttnCase(scenario="odd_prefill", kv_dtype="fp8_e4m3"), False),
+        (AttnCase(scenario="chunked_prefill"), False),
+        (AttnCase(query_lens=(3, 4), seq_lens=(3, 2), attention="cross"), False),
+    ],
+    ids=lambda value: getattr(value, "id", str(value)),
+)
+def test_fresh_keys_are_all_there_is_and_the_layers_own(
+    monkeypatch: pytest.MonkeyPatch, sample: AttnCase, fresh: bool
+) -> None:
+    """A shared layer's are another's, and what is quantized has to be seen as it is stored."""
+    inputs, driver = driven(sample)
+    op = Recording(ragged=True)
+    monkeypatch.setattr(dispatch, "choose", lambda layer, batch, device: op)
+    driver.run(inputs)
+    (call,) = op.calls
+    assert call.batch.fresh == fresh
+    # Cross attention's are not its queries'.
+    assert (call.key is None) == (call.value is None) == (sample.attention == "cross")
+
+
+@pytest.mark.parametrize("layout", KV_LAYOUTS)
+def test_token_major_caches_are_known_by_their_strides(
+    monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """Viewed as tokens, one after the other, with no copy."""
+    inputs, driver = driven(AttnCase(scenario="small_prefill", kv_layout=layout))
+    op = Recording(ragged=True)
+    monkeypatch.setattr(dispatch, "choose", lambda layer, batch, device: op)
+    driver.run(inputs)
+    (call,) = op.calls
+    assert call.key_cache is not None
+    flat = (-1, *call.key_cache.shape[2:])
+    if call.batch.token_major:
+        assert call.key_cache.view(flat).data_ptr() == call.key_cache.data_ptr()
+    else:
+        with pytest.raises(RuntimeError, match="view"):
+            call.key_cache.view(flat)
+
+
+def test_a_profiling_run_gives_zeros() -> None:
+    """vLLM then has no batch to tell of."""
+    inputs, driver = driven(MIXED)
+    output = new_output(inputs)
+    driver.forward(inputs, inputs.cache, None, output)
+    assert not output.any()
+
+
+def test_no_cap_is_spelt_both_ways() -> None:
+    assert XFormersImpl(8, 64, 0.125, logits_soft_cap=0.0).logits_soft_cap is None
+    assert XFormersImpl(8, 64, 0.125).num_kv_heads == 8
