@@ -73,6 +73,7 @@ WITHOUT = (
     Without("xfv1.compat", "stride_order", _GPU),
     Without("xfv1.compat", "write_kv", _GPU, "raw = *"),
     Without("xfv1.compat", "write_kv", _GPU, "_custom_ops.*"),
+    Without("xfv1.compat", "write_kv", _GPU, "return"),
     Without("xfv1.compat", "write_kv", _GPU, "key.device.type == 'cuda'"),
     *(
         Without("xfv1.dispatch", "typical_batches", "any batch of its kind would do", part)
