@@ -221,7 +221,7 @@ def _host_lens(common: CommonAttentionMetadata) -> torch.Tensor | None:
     A draft model's proposer lengthens requests on the device and in max_seq_len alone (vLLM's
     extend_all_queries_by_N).
     """
-    bound = common.seq_lens_cpu_upper_bound
+    bound: torch.Tensor | None = common.seq_lens_cpu_upper_bound
     if bound is None or not common.num_reqs:
         return bound
     bound = bound[: common.num_reqs]

@@ -20,6 +20,7 @@ import torch
 
 from fixtures.cases import AttnCase
 from fixtures.inputs import (
+    GUARD_ROWS,
     K_SCALE,
     Q_SCALE,
     TORCH_DTYPES,
@@ -148,8 +149,9 @@ class Driver:
         """Build, write, attend; the cache is written in place.
 
         Raises:
-            Mismatch: if the backend raises NotImplementedError: it has accepted the layer, and a
-                server would die of it in the middle of its service.
+            Mismatch: if the output is written outside its rows, or if the backend raises
+                NotImplementedError: it has accepted the layer, and a server would die of it in
+                the middle of its service.
         """
         output = new_output(given)
         try:
@@ -160,14 +162,30 @@ class Driver:
             raise Mismatch(f"accepted the layer, then refused a batch: {error}") from error
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        check_guards(output)
         return Outcome(output, given.storage, query, given)
 
 
 def new_output(inputs: AttnInputs) -> torch.Tensor:
-    """An output as vLLM allocates it, every element the UNTOUCHED pattern."""
-    output = torch.empty(inputs.query.shape, dtype=inputs.query.dtype, device=inputs.query.device)
-    bits(output).fill_(UNTOUCHED[output.itemsize])
-    return output
+    """An output as vLLM allocates it, between guard rows; every element the UNTOUCHED pattern."""
+    rows, *row = inputs.query.shape
+    whole = inputs.query.new_empty(rows + 2 * GUARD_ROWS, *row)
+    bits(whole).fill_(UNTOUCHED[whole.itemsize])
+    return whole[GUARD_ROWS : GUARD_ROWS + rows]
+
+
+def check_guards(output: torch.Tensor) -> None:
+    """The rows before and after an output are as `new_output` left them.
+
+    Raises:
+        Mismatch: if any was written.
+    """
+    memory = torch.empty(0, dtype=output.dtype, device=output.device)
+    whole = bits(memory.set_(output.untyped_storage()))
+    first, last = output.storage_offset(), output.storage_offset() + output.numel()
+    for where, guard in (("before its first", whole[:first]), ("after its last", whole[last:])):
+        if (guard != UNTOUCHED[output.itemsize]).any():
+            raise Mismatch(f"the output was written {where} row")
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

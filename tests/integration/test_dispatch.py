@@ -314,6 +314,9 @@ def test_a_rules_bounds_are_within_it(fits: bool, facts: dict[str, Any]) -> None
         "dtype": torch.float16,
         "capability": (8, 0),
     } | facts
+    layer: Any
+    batch: Any
+    device: Any
     layer, batch, device = (
         dataclasses.replace(of, **{k: v for k, v in all_facts.items() if hasattr(of, k)})
         for of in (PLAIN, DECODES, AMPERE)

@@ -59,3 +59,13 @@ def test_old_version_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -
     for _ in range(2):
         with pytest.raises(RuntimeError, match=rf"needs vLLM 0\.26 to 0\.33, found vLLM {version}"):
             xfv1.register()
+
+
+def test_layouts_are_vllms_own_where_it_has_them() -> None:
+    """An enum of the same names is no layout to vLLM from 0.29 on."""
+    from vllm.v1 import kv_cache_interface
+
+    layouts = compat.kv_cache_layouts()
+    assert len(layouts) == len(compat.LAYOUTS)
+    own = getattr(kv_cache_interface, "KVCacheLayout", None)
+    assert own is None or all(isinstance(layout, own) for layout in layouts)

@@ -34,7 +34,7 @@ from fixtures.transforms import (
 )
 from reference import attend
 from tests.conformance import test_invariance, test_visibility
-from tests.harness.candidate import Outcome, bits, new_output
+from tests.harness.candidate import Outcome, bits, check_guards, new_output
 from tests.harness.compare import (
     Mismatch,
     check_cache,
@@ -264,6 +264,31 @@ def test_a_nan_of_other_bits_is_another_value() -> None:
     assert outcome.storage[0].isnan()
     with pytest.raises(Mismatch, match="layer 0, block 0, slot 0"):
         check_cache(inputs, outcome, truth)
+
+
+@pytest.mark.parametrize(("row", "where"), [(-1, "before its first"), (1, "after its last")])
+def test_a_row_written_beside_the_output_is_seen(row: int, where: str) -> None:
+    output = new_output(_small()[0])
+    check_guards(output)
+    size = output[0].numel()
+    start = output.storage_offset() + (-size if row < 0 else output.numel())
+    output.as_strided((size,), (1,), start)[-1] = 0.0
+    with pytest.raises(Mismatch, match=f"written {where} row"):
+        check_guards(output)
+
+
+@pytest.mark.parametrize("fused_qkv", [False, True])
+def test_what_lies_beside_a_batchs_rows_is_nan(fused_qkv: bool) -> None:
+    inputs = build_inputs(SMALL.replace(fused_qkv=fused_qkv))
+    for tensor in (inputs.query, inputs.key, inputs.value):
+        assert tensor.isfinite().all()
+        width = tensor.stride(0)
+        around = tensor.as_strided(
+            (tensor.shape[0] + 2, *tensor.shape[1:]),
+            tensor.stride(),
+            tensor.storage_offset() - width,
+        )
+        assert around[[0, -1]].isnan().all()
 
 
 # The inputs.

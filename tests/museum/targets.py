@@ -42,7 +42,9 @@ class Target:
     one_in: int = 1
 
 
-_METADATA = ("tests/integration/test_phases.py", "tests/integration/test_metadata.py")
+_DEBUG = "tests/integration/test_debug.py"
+_VERSION = "tests/integration/test_version.py"
+_METADATA = ("tests/integration/test_phases.py", "tests/integration/test_metadata.py", _DEBUG)
 _DISPATCH = "tests/integration/test_dispatch.py"
 _IMPL = "tests/integration/test_impl.py"
 _LSE = (
@@ -54,7 +56,7 @@ TARGETS = (
     Target("xfv1.metadata", (TORCH, GATHERED), _METADATA, one_in=6),
     Target("xfv1.impl", (TORCH, GATHERED), (_IMPL, _DISPATCH), one_in=8),
     Target("xfv1.dispatch", (TORCH,), (_DISPATCH,), one_in=6),
-    Target("xfv1.compat", (TORCH,), one_in=3),
+    Target("xfv1.compat", (TORCH,), (_VERSION,), one_in=3),
     Target("xfv1.ops.torch_cpu", (TORCH,), _LSE, one_in=8),
     Target("xfv1.ops.triton_paged", (OWN,), _LSE, one_in=2),
     Target("xfv1.kernels.paged", (OWN,), _LSE, one_in=12),
@@ -65,7 +67,21 @@ TARGETS = (
 )
 _GPU = "a GPU's, or another vLLM's"
 _TILING = "how the work is cut decides how fast it is, and no answer"
+# vLLM's merge of ranks is Triton's, and asks for another vLLM than the CPU's: its tests
+# (tests/integration/test_context_parallel.py) start a process, which no mutant reaches.
+_RANKS = "for context parallelism, whose tests run in a process of their own"
+_INVARIANT = "for batch invariance, whose tests run in a process of their own"
 WITHOUT = (
+    Without("xfv1.metadata", "XFormersMetadataBuilder._parts", _RANKS),
+    Without("xfv1.metadata", "XFormersMetadataBuilder.__init__", _RANKS, "self._lens = *"),
+    Without("xfv1.metadata", "XFormersMetadataBuilder.update_block_table", _RANKS, "*parts*"),
+    Without("xfv1.impl", "XFormersImpl._run_parts", _RANKS),
+    Without("xfv1.impl", "XFormersImpl.__init__", _RANKS, "*sharded*"),
+    Without("xfv1.impl", "XFormersImpl.forward", _RANKS, "*parts*"),
+    Without("xfv1.impl", "XFormersImpl.do_kv_cache_update", _GPU, "*slot_mapping.numel()*"),
+    Without("xfv1.compat", "context_group", _RANKS),
+    Without("xfv1.compat", "shard_merge", _RANKS),
+    Without("xfv1.kernels.paged", "paged_attention", _INVARIANT, "*num_splits = (False, 1)"),
     Without("xfv1.compat", "check_version", "what is logged"),
     Without("xfv1.compat", "log_once", "what is logged"),
     Without("xfv1.compat", "device_kind", _GPU),
