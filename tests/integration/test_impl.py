@@ -13,6 +13,7 @@ from xfv1.backend import XFormersAttentionBackend
 from xfv1.impl import XFormersImpl
 from xfv1.ops.base import Batch, Call, Device, Layer
 from xfv1.ops.torch_cpu import TorchCpu
+from xfv1.ops.xformers_base import pages_info, query_info
 
 pytestmark = pytest.mark.cpu
 
@@ -150,6 +151,23 @@ def test_token_major_caches_are_known_by_their_strides(
     else:
         with pytest.raises(RuntimeError, match="view"):
             call.key_cache.view(flat)
+
+
+def test_xformers_is_told_the_lengths_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ops differ in which of these they go by, and only one of them runs on a CPU."""
+    inputs, driver = driven(MIXED)
+    op = Recording(ragged=True)
+    monkeypatch.setattr(dispatch, "choose", lambda layer, batch, device: op)
+    driver.run(inputs)
+    (call,) = op.calls
+    queries = query_info(call)
+    assert (queries.min_seqlen, queries.max_seqlen) == (1, 5)
+    assert queries.seqstart.tolist() == queries.seqstart_py == [0, 1, 2, 7, 12]
+    pages = pages_info(call, 64)
+    assert pages.seqstart.tolist() == pages.seqstart_py == [0, 64, 128, 192, 256]
+    assert pages.seqlen.tolist() == [32, 40, 48, 56]
+    assert (pages.padding, pages.max_seqlen) == (64, 56)
+    assert pages.seqlen_py == [56] * 4
 
 
 def test_a_profiling_run_gives_zeros() -> None:

@@ -60,6 +60,12 @@ def test_report_has_no_surprise() -> None:
         assert noticed == (not FAULTS[name].control and not FAULTS[name].survives), name
 
 
+def test_every_kind_of_test_is_the_only_one_to_notice_some_fault() -> None:
+    """On the case that kills it, of which all kinds are asked."""
+    alone = {exhibit["kinds"][0] for exhibit in KILLS if len(exhibit["kinds"]) == 1}
+    assert alone == set(KINDS)
+
+
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_fault_is_a_candidate_with_a_source(fault: Fault) -> None:
     assert load_candidate(fault.candidate) is fault.backend

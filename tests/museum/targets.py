@@ -42,7 +42,7 @@ class Target:
     one_in: int = 1
 
 
-_DEBUG = "tests/integration/test_debug.py"
+_DEBUG = "tests/integration/test_debug.py::test_what_is_wrong_is_named_before_an_op_runs"
 _VERSION = "tests/integration/test_version.py"
 _METADATA = ("tests/integration/test_phases.py", "tests/integration/test_metadata.py", _DEBUG)
 _DISPATCH = "tests/integration/test_dispatch.py"
@@ -52,6 +52,13 @@ _LSE = (
     "tests/integration/test_lse.py::test_lse_is_the_references"
     "[edge_decode-h8kv2-gqa-head64-block16-fp16]",
 )
+_SPLITS = tuple(
+    f"tests/integration/test_splits.py::{test}"
+    for test in (
+        "test_any_number_of_splits_gives_the_references_answer",
+        "test_more_splits_than_are_merged_at_a_time",
+    )
+)
 TARGETS = (
     Target("xfv1.metadata", (TORCH, GATHERED), _METADATA, one_in=6),
     Target("xfv1.impl", (TORCH, GATHERED), (_IMPL, _DISPATCH), one_in=8),
@@ -59,9 +66,9 @@ TARGETS = (
     Target("xfv1.compat", (TORCH,), (_VERSION,), one_in=3),
     Target("xfv1.ops.torch_cpu", (TORCH,), _LSE, one_in=8),
     Target("xfv1.ops.triton_paged", (OWN,), _LSE, one_in=2),
-    Target("xfv1.kernels.paged", (OWN,), _LSE, one_in=12),
+    Target("xfv1.kernels.paged", (OWN,), (*_LSE, *_SPLITS), one_in=12),
     Target("xfv1.ops.xformers_splitk", (SPLITK,)),
-    Target("xfv1.ops.xformers_base", (GATHERED, SPLITK), _LSE[1:], one_in=8),
+    Target("xfv1.ops.xformers_base", (GATHERED, SPLITK), (_IMPL, _LSE[1]), one_in=8),
     Target("xfv1.ops.gather", (GATHERED,), one_in=4),
     Target("reference.lowprec", (LOWPREC,), ("tests/oracle/test_lowprec.py",), one_in=2),
 )
