@@ -70,7 +70,7 @@ CRASHED, TIMEOUT = "crashed", "timeout"
 # What a process that runs into its alarm is given, over what the truth takes.
 SLOWER, LEAST_SECONDS = 10, 10
 # Tiles of rows and keys, of about 16 by 32, that Triton's interpreter does in two seconds.
-HEAVY = 110
+HEAVY = 140
 # The first cases of a lane are asked in all ways.
 DEEP = 2
 
@@ -94,6 +94,9 @@ def features(case: AttnCase) -> frozenset[str]:
     longest = max(case.seq_lens)
     window = case.sliding_window or longest
     decodes = [k for q, k in lens if q == 1]
+    splits = min(window, max(decodes, default=0)) >= 512
+    # Of one key the logit does not matter.
+    tells = min(window, longest) > 1
     # What a mask or a weight depends on, which has to be right for each kind of batch.
     layer = {
         "sliding_window": 1 < window < longest,
@@ -106,7 +109,7 @@ def features(case: AttnCase) -> frozenset[str]:
     batch = {
         case.kind: True,
         case.attention: True,
-        "splits": min(window, max(decodes, default=0)) >= 512,
+        "splits": splits,
         "verification": uniform and 1 < case.query_lens[0] <= 16,
     }
     facts = {
@@ -117,6 +120,8 @@ def features(case: AttnCase) -> frozenset[str]:
         "softcap in float32": case.softcap is not None and case.dtype == "fp32",
         "alibi_sqrt": case.alibi_sqrt,
         "window of one": window == 1 < longest,
+        "splits of several": splits and len(decodes) > 1 and case.num_kv_heads > 1,
+        "splits without keys": splits and min(decodes) <= 256,
         "ragged verification": not uniform and 1 not in case.query_lens,
         "padded requests": case.pad_reqs > 0,
         "padded tokens": case.pad_tokens > 0,
@@ -129,13 +134,12 @@ def features(case: AttnCase) -> frozenset[str]:
         "shared_prefix": case.shared_prefix,
         "fused_qkv": case.fused_qkv,
         "extreme": case.logits == "extreme",
-        "head size padded": case.head_size & (case.head_size - 1) != 0,
-        "head in two parts": case.head_size in (192, 224),
-        "small head": case.head_size < 64,
-        "blocks of a tile's size or more": case.block_size >= 64,
+        "head size padded": tells and case.head_size & (case.head_size - 1) != 0,
+        "head in two parts": tells and case.head_size == 192,
+        "small head": tells and case.head_size < 64,
+        "blocks of a tile's size or more": tells and case.block_size >= 64,
     }
-    # Of one key the logit does not matter.
-    facts |= {f"{a}, {b}": longest > 1 and layer[a] and batch[b] for a in layer for b in batch}
+    facts |= {f"{a}, {b}": tells and layer[a] and batch[b] for a in layer for b in batch}
     return frozenset(name for name, has in facts.items() if has)
 
 
@@ -435,7 +439,10 @@ def report(verdicts: Sequence[Verdict], plan: Plan) -> dict[str, Any]:
         }
     real = [v for v in verdicts if not v.equivalent]
     first = Counter(v.kind for v in verdicts if v.noticed)
-    alone = Counter(v.kinds[0] for v in verdicts if len(v.kinds) == 1)
+    # Of the candidates that are quick all kinds are asked.
+    slow = {lane.name for target in TARGETS for lane in target.lanes if lane.interpreted}
+    all_asked = [v for v in verdicts if v.case and v.lane not in slow]
+    alone = Counter(v.kinds[0] for v in all_asked if len(v.kinds) == 1)
     asks = {ask: None for asks in plan.asks.values() for ask in asks}
     cases: dict[str, list[str]] = {}
     for ask in asks:
@@ -478,7 +485,8 @@ def sampled(count: int) -> list[tuple[Mutant, Ask, str]]:
 
 
 def _row(case: str) -> Row:
-    return next(row for row in rows() if row.case.id == case)
+    """Of a case that need not be in the tables any more."""
+    return Row(AttnCase.from_id(case), "cpu", "noticed a mutant")
 
 
 def rerun(count: int) -> list[str]:
