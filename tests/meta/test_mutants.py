@@ -31,8 +31,11 @@ def test_report_is_of_the_source_as_it_is() -> None:
 
 
 def test_nearly_all_are_noticed_and_the_rest_explained() -> None:
-    survivors = [r["id"] for r in REPORT["results"] if r["verdict"] == "survived"]
-    assert set(survivors) == set(explained())
+    survivors = {r["id"] for r in REPORT["results"] if r["verdict"] == "survived"}
+    noticed = {r["id"] for r in REPORT["results"]} - survivors
+    # Reasons there are for more: what is run is a sample.
+    assert survivors <= explained().keys()
+    assert not noticed & explained().keys()
     assert REPORT["rate"] >= LEAST_RATE
     assert REPORT["mutants"] >= 250
 
