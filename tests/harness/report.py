@@ -1,5 +1,6 @@
 """From test outcomes to a table, report/results.json and a verdict on the run itself."""
 
+import functools
 import json
 import platform
 from collections import Counter, defaultdict
@@ -309,12 +310,15 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def environment() -> dict[str, Any]:
-    """Device and versions a result holds for. Starts CUDA where there is a GPU."""
+@functools.cache
+def device_name() -> str:
+    """The GPU's, or cpu. Starts CUDA where there is a GPU."""
     import torch
 
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def environment() -> dict[str, Any]:
+    """Device and versions a result holds for. Starts CUDA where there is a GPU."""
     python = platform.python_version()
-    return {"device": device, "python": python, "versions": installed_versions()}
+    return {"device": device_name(), "python": python, "versions": installed_versions()}

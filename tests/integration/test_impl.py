@@ -1,5 +1,6 @@
 """Does the impl tell its ops what the layer is, and run each phase once, by the op for it?"""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from fixtures.cases import KV_LAYOUTS, AttnCase
 from fixtures.inputs import AttnInputs, build_inputs
 from tests.harness.candidate import Driver, drive, new_output
+from tests.integration import test_dispatch
 from xfv1 import dispatch
 from xfv1.backend import XFormersAttentionBackend
 from xfv1.impl import XFormersImpl
@@ -19,14 +21,7 @@ pytestmark = pytest.mark.cpu
 
 CPU = torch.device("cpu")
 MIXED = AttnCase(scenario="mixed_small")
-PLAIN = Layer(
-    num_heads=8,
-    num_kv_heads=2,
-    head_size=64,
-    dtype=torch.float16,
-    kv_dtype=torch.float16,
-    block_size=16,
-)
+PLAIN = dataclasses.replace(test_dispatch.PLAIN, head_size=64)
 
 
 def driven(case: AttnCase) -> tuple[AttnInputs, Driver]:

@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from fixtures.cases import AttnCase
-from fixtures.inputs import AttnInputs, build_inputs
-from tests.harness.candidate import Driver, Outcome, common_metadata, drive, new_output
+from fixtures.inputs import build_inputs
+from tests.harness.candidate import Driver, common_metadata, drive
 from tests.harness.compare import check_against_reference
 from tests.harness.report import Recorder
 from xfv1.backend import XFormersAttentionBackend
-from xfv1.metadata import XFormersMetadata
 from xfv1.ops.base import DECODE, PREFILL
 
 # (scenario, the longest query that counts as a decode, the phases it has).
@@ -53,15 +52,6 @@ def assert_same(one: Any, other: Any, where: str = "metadata") -> None:
             assert_same(a, b, f"{where}[{index}]")
     else:
         assert one == other, where
-
-
-def attended(driver: Driver, inputs: AttnInputs, metadata: XFormersMetadata) -> Outcome:
-    """The answer of the driver's layer with that metadata, and its cache."""
-    cache, storage = inputs.new_cache()
-    output = new_output(inputs)
-    driver.update_cache(inputs, cache)
-    driver.forward(inputs, cache, metadata, output)
-    return Outcome(output, storage)
 
 
 @STEP
@@ -120,7 +110,7 @@ def test_drafting_after_verification_equals_a_build(device: torch.device, record
     drafting = driver.builder.build_for_drafting(common_attn_metadata=common, draft_index=1)
     assert_same(drafting, driver.builder.build(0, common, fast_build=True))
     assert [phase.batch.phase for phase in drafting.phases] == [DECODE]
-    check_against_reference(inputs, attended(driver, inputs, drafting), record)
+    check_against_reference(inputs, driver.step(inputs.copied(device), drafting), record)
 
 
 def test_a_draft_models_longer_requests_are_not_taken_for_whole_prompts(
@@ -179,4 +169,4 @@ def test_metadata_of_a_capture_serves_later_batches(
     assert phase.batch.max_seq_len == captured.max_seq_len
     for field, buffer in buffers.items():
         buffer.copy_(getattr(common, field))
-    check_against_reference(inputs, attended(driver, inputs, metadata), record)
+    check_against_reference(inputs, driver.step(inputs.copied(device), metadata), record)

@@ -12,7 +12,7 @@ import torch
 from fixtures.cases import AttnCase
 from fixtures.inputs import AttnInputs, build_inputs
 from fixtures.transforms import permute_blocks
-from tests.harness.candidate import Driver, Outcome, common_metadata, drive, new_output
+from tests.harness.candidate import Driver, common_metadata, drive
 from tests.harness.compare import check_output
 from tests.harness.oracle import expected
 from xfv1.backend import XFormersAttentionBackend
@@ -156,8 +156,4 @@ def test_another_cache_groups_blocks_take_the_place_of_the_first(name: str) -> N
         last = part + phase.batch.num_reqs
         check_phase(phase, split, other, slice(part, last), phase.batch.phase)
         part = last
-    cache, storage = other.new_cache()
-    output = new_output(other)
-    driver.update_cache(other, cache)
-    driver.forward(other, cache, second, output)
-    check_output(other, Outcome(output, storage), expected(other))
+    check_output(other, driver.step(other.copied(CPU), second), expected(other))
