@@ -17,13 +17,8 @@ from fixtures.hf_config import ConfigError, cases_from_config  # noqa: E402
 from fixtures.tables import TIERS, rows  # noqa: E402
 from tests.harness import ledger  # noqa: E402
 from tests.harness.candidate import CandidateError, load_candidate  # noqa: E402
-from tests.harness.report import (  # noqa: E402
-    Recorder,
-    ReportPlugin,
-    add_problem,
-    device_name,
-    installed_versions,
-)
+from tests.harness.provenance import device_name, installed_versions  # noqa: E402
+from tests.harness.report import Recorder, ReportPlugin, add_problem  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

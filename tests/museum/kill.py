@@ -7,7 +7,6 @@ it from the truth, the lightest of the smallest tier first, until one fails.
 """
 
 import argparse
-import datetime
 import functools
 import inspect
 import json
@@ -36,7 +35,7 @@ from tests.conformance import (  # noqa: E402
     test_visibility,
 )
 from tests.harness.candidate import Refused, drive, load_candidate  # noqa: E402
-from tests.harness.report import environment  # noqa: E402
+from tests.harness.provenance import environment  # noqa: E402
 from tests.museum.faults import FAULTS, Fault, Plain  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -219,7 +218,6 @@ def report(exhibits: list[Exhibit], seconds: float) -> dict[str, Any]:
     """What --json writes."""
     faults = [e for e in exhibits if not e.control]
     return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         **environment(),
         "seconds": round(seconds, 1),
         "faults": len(faults),

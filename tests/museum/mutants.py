@@ -11,7 +11,6 @@ Triton's interpreter.
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import importlib.util
 import itertools
 import json
@@ -38,7 +37,7 @@ import torch  # noqa: E402
 from fixtures.cases import AttnCase  # noqa: E402
 from fixtures.tables import TIERS, Row, rows  # noqa: E402
 from tests.harness.candidate import Refused, drive, load_candidate  # noqa: E402
-from tests.harness.report import environment  # noqa: E402
+from tests.harness.provenance import environment  # noqa: E402
 from tests.museum.kill import (  # noqa: E402
     CPU,
     KILLED,
@@ -448,7 +447,6 @@ def report(verdicts: Sequence[Verdict], plan: Plan) -> dict[str, Any]:
     for ask in asks:
         cases.setdefault(ask.lane.name, []).append(ask.row.case.id)
     return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         **environment(),
         "seconds": round(sum(v.seconds for v in verdicts), 1),
         "mutants": len(verdicts),

@@ -30,7 +30,7 @@ from fixtures.tables import VLLM_SCENARIOS  # noqa: E402
 from reference.paged import store  # noqa: E402
 from tests.harness.candidate import Mismatch, Refused, drive, load_candidate  # noqa: E402
 from tests.harness.oracle import expected, written_cache  # noqa: E402
-from tests.harness.report import environment  # noqa: E402
+from tests.harness.provenance import environment  # noqa: E402
 from tests.museum.faults import FAULTS, Fault  # noqa: E402
 
 CPU = torch.device("cpu")
