@@ -144,8 +144,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # A test to which no case applies is given none, and a mark to be skipped.
         if hasattr(item, "callspec") and isinstance(item.callspec.params.get("case"), AttnCase)
     }
-    # All tests of a case follow each other, so that its inputs are built once.
-    order = {case.id: at for at, case in enumerate(cases.values())}
+    # All tests of a case follow each other, so that its inputs are built once; the cases as they
+    # lie in the tables, after the tests that draw their own, which take longest.
+    order: dict[str, int] = {}
+    for case in cases.values():
+        order.setdefault(case.id, len(order))
     items.sort(key=lambda item: order[cases[item].id] if item in cases else -1)
     _mark_known(config, items, cases)
     if config.option.case:

@@ -274,8 +274,7 @@ def xfv1(op: str | None = None) -> Callable[[Work], Run]:
         driver = work.driver
         metadata = driver.metadata(work.inputs)
         if op and op.endswith(GATHERED):
-            for phase in (metadata.whole, *metadata.phases):
-                phase.batch = replace(phase.batch, fresh=False)
+            metadata.batches = [replace(batch, fresh=False) for batch in metadata.batches]
         impl, layer = driver.layer.impl, driver.layer
 
         def run(index: int, out: torch.Tensor) -> None:
@@ -287,12 +286,13 @@ def xfv1(op: str | None = None) -> Callable[[Work], Run]:
         with ops_setting(op and op.removesuffix(GATHERED)):
             run(0, work.new_output())
         if op is None:
-            work.default_ops = "+".join(
+            found = (
                 chosen.name
                 for phase in (metadata.whole, *metadata.phases)
                 for key, chosen in phase.plans.items()
                 if isinstance(key, tuple) and key[0] == "op"
             )
+            work.default_ops = "+".join(dict.fromkeys(found))
         return run
 
     return prepare

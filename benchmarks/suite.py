@@ -34,7 +34,8 @@ def measure(tier: str, options: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, "-m", "pytest", "tests/conformance", "-m", tier, "-v", "--no-header",
-            "--report", folder, f"--junitxml={folder}/junit.xml", *options,
+            # As one word: pytest takes a folder that follows for one to look for tests in.
+            f"--report={folder}", f"--junitxml={folder}/junit.xml", *options,
         ]  # fmt: skip
         start = time.perf_counter()
         with subprocess.Popen(

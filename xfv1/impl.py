@@ -201,16 +201,26 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
             return output
         block_size = 0 if caches is None else caches[0].shape[1]
         facts = self._layer(query.dtype, block_size, attn_metadata.causal)
-        phases = attn_metadata.phases
-        if encoder and phases:
-            phases = [attn_metadata.whole]
-        elif len(phases) == 2:
-            ops = [self._op(facts, phase, caches, query) for phase in phases]
-            if ops[0] is ops[1] and ops[0].ragged:
-                phases = [attn_metadata.whole]
-        for phase in phases:
+        for phase in self._served(facts, attn_metadata, caches, query):
             self._run(facts, phase, caches, layer, query, key, value, output)
         return output
+
+    def _served(
+        self,
+        facts: Layer,
+        metadata: XFormersMetadata,
+        caches: tuple[torch.Tensor, torch.Tensor] | None,
+        query: torch.Tensor,
+    ) -> list[Phase]:
+        """The step in the phases that it is served in: one, if one op is best for both."""
+        batches, whole = metadata.batches, metadata.whole
+        if caches is None and batches:
+            return [whole]
+        if len(batches) == 2:
+            first, second = (self._op(facts, batch, whole, caches, query) for batch in batches)
+            if first is second and first.ragged:
+                return [whole]
+        return metadata.phases
 
     def _run_parts(
         self,
@@ -263,9 +273,10 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
             return key_cache.view(self.fp8_dtype), value_cache.view(self.fp8_dtype)
         return key_cache, value_cache
 
-    def _batch(self, phase: Phase, caches: tuple[torch.Tensor, torch.Tensor] | None) -> Batch:
-        """The phase's batch, with what the layer and its cache add to it."""
-        batch = phase.batch
+    def _batch(
+        self, batch: Batch, phase: Phase, caches: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> Batch:
+        """A batch of a phase's, or of a part of it, with what the layer and its cache add to it."""
         if caches is None:
             return replace(batch, phase=ENCODER, max_seq_len=batch.max_query_len, fresh=True)
         blocks, size = caches[0].stride()[:2]
@@ -273,7 +284,7 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         # Shared layers are given keys that are not theirs; quantized ones must see what is stored.
         own = self.kv_sharing_target_layer_name is None and self.fp8_dtype is None
         fresh = batch.fresh and own and self.attn_type == AttentionType.DECODER
-        key = ("batch", token_major, fresh)
+        key = ("batch", batch, token_major, fresh)
         if key not in phase.plans:
             phase.plans[key] = replace(batch, fresh=fresh, token_major=token_major)
         cached: Batch = phase.plans[key]
@@ -282,12 +293,14 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
     def _op(
         self,
         facts: Layer,
+        batch: Batch,
         phase: Phase,
         caches: tuple[torch.Tensor, torch.Tensor] | None,
         query: torch.Tensor,
     ) -> Op:
+        """The op for a batch of a phase's, or of a part of it."""
         # Layers alike in all else may differ in whose keys they read, and so in their batch.
-        batch = self._batch(phase, caches)
+        batch = self._batch(batch, phase, caches)
         key = ("op", facts, batch)
         if key not in phase.plans:
             phase.plans[key] = dispatch.choose(facts, batch, device_of(query.device.type))
@@ -306,7 +319,7 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         output: torch.Tensor,
         lse: torch.Tensor | None = None,
     ) -> None:
-        op = self._op(facts, phase, caches, query)
+        op = self._op(facts, phase.batch, phase, caches, query)
         own = (
             key is not None
             and value is not None
@@ -315,7 +328,7 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         op.run(
             Call(
                 layer=facts,
-                batch=self._batch(phase, caches),
+                batch=self._batch(phase.batch, phase, caches),
                 query=query[phase.rows],
                 key=key[phase.rows] if own and key is not None else None,
                 value=value[phase.rows] if own and value is not None else None,

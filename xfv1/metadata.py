@@ -4,6 +4,8 @@ import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
@@ -12,7 +14,7 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm.v1.attention.backends.utils import get_dcp_local_seq_lens, split_decodes_and_prefills
+from vllm.v1.attention.backends.utils import get_dcp_local_seq_lens
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     CrossAttentionSpec,
@@ -21,6 +23,9 @@ from vllm.v1.kv_cache_interface import (
 
 from xfv1 import compat, debug
 from xfv1.ops.base import DECODE, PREFILL, Batch
+
+# Of few numbers on the host: NumPy costs a fraction of what PyTorch does.
+Lens = npt.NDArray[np.int32]
 
 
 @dataclass
@@ -58,9 +63,10 @@ class Parts:
 class XFormersMetadata(AttentionMetadata):
     """One step's batch, whole and in phases.
 
-    whole: all requests as one ragged phase. phases: the same as decodes, then prefills, whichever
-    there are; none where nothing is asked. slot_mapping: [num_tokens] int64 (vLLM's cross attention
-    replaces it). parts: None where the cache is whole.
+    whole: all requests as one ragged phase. batches: the same as decodes, then prefills, whichever
+    there are; none where nothing is asked. decodes: how many requests decode, the first ones.
+    slot_mapping: [num_tokens] int64 (vLLM's cross attention replaces it). parts: None where the
+    cache is whole.
     """
 
     num_actual_tokens: int
@@ -72,8 +78,18 @@ class XFormersMetadata(AttentionMetadata):
     slot_mapping: torch.Tensor
     causal: bool
     whole: Phase
-    phases: list[Phase]
+    batches: list[Batch]
+    decodes: int
     parts: Parts | None = None
+    _phases: list[Phase] | None = None
+
+    @property
+    def phases(self) -> list[Phase]:
+        """A phase to each of the batches. Made when first asked for: an op that serves both decodes
+        and prefills takes the whole."""
+        if self._phases is None:
+            self._phases = _phases(self.whole, self.batches, self.decodes)
+        return self._phases
 
 
 class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
@@ -124,14 +140,15 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
             raise NotImplementedError("causal differs between requests: expected True or False")
         num_reqs = common.num_reqs
         starts = common.query_start_loc_cpu[: num_reqs + 1]
+        query_lens = np.diff(starts.numpy())
         whole = Phase(
             batch=Batch(
                 PREFILL if common.max_query_len > 1 else DECODE,
                 num_reqs=num_reqs,
                 max_query_len=common.max_query_len,
                 max_seq_len=common.max_seq_len,
-                uniform=bool((starts.diff() == common.max_query_len).all()),
-                fresh=_is_fresh(starts, bound),
+                uniform=bool((query_lens == common.max_query_len).all()),
+                fresh=bound is not None and bool((bound.numpy() <= query_lens).all()),
                 host_lens=bound is not None,
             ),
             rows=slice(0, common.num_actual_tokens),
@@ -141,14 +158,12 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
             seq_lens_cpu=bound,
             block_table=common.block_table_tensor[:num_reqs],
         )
-        phases: list[Phase] = []
+        decodes, batches = 0, []
         # Most ops take no empty batch.
         if 0 not in (num_reqs, common.num_actual_tokens, common.max_query_len):
-            decodes, _, decode_tokens, _ = split_decodes_and_prefills(
-                common, decode_threshold=self.reorder_batch_threshold or 1, require_uniform=True
-            )
-            phases = _split(whole, decodes, decode_tokens)
-        return XFormersMetadata(
+            decodes = _decodes(query_lens, self.reorder_batch_threshold or 1)
+            batches = _batches(whole.batch, query_lens, bound, decodes)
+        metadata = XFormersMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
             max_seq_len=common.max_seq_len,
@@ -158,9 +173,12 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
             slot_mapping=common.slot_mapping,
             causal=common.causal,
             whole=whole,
-            phases=phases,
-            parts=self._parts(whole, phases) if phases and self.dcp_world_size > 1 else None,
+            batches=batches,
+            decodes=decodes,
         )
+        if batches and self.dcp_world_size > 1:
+            metadata.parts = self._parts(whole, metadata.phases)
+        return metadata
 
     def _parts(self, whole: Phase, phases: list[Phase]) -> Parts:
         context_lens, query_lens = self._lens[:, : whole.batch.num_reqs]
@@ -198,7 +216,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
         updated = copy.copy(metadata)
         updated.block_table, updated.slot_mapping = blk_table, slot_mapping
         (updated.whole,) = _with_table([metadata.whole], blk_table)
-        updated.phases = _with_table(metadata.phases, blk_table)
+        updated._phases = None
         if metadata.parts is not None:
             (new,) = _with_table([metadata.parts.new], blk_table)
             updated.parts = Parts(_with_table(metadata.parts.context, blk_table), new)
@@ -225,40 +243,59 @@ def _host_lens(common: CommonAttentionMetadata) -> torch.Tensor | None:
     if bound is None or not common.num_reqs:
         return bound
     bound = bound[: common.num_reqs]
-    return bound if int(bound.max()) >= common.max_seq_len else None
+    return bound if bound.numpy().max() >= common.max_seq_len else None
 
 
-def _is_fresh(starts: torch.Tensor, bound: torch.Tensor | None) -> bool:
-    """Whether no request has context, as far as the host knows."""
-    return bound is not None and bool((bound <= starts.diff()).all())
+def _decodes(query_lens: Lens, threshold: int) -> int:
+    """How many requests decode: the first ones, all of the same few tokens, or of none."""
+    asking = query_lens[query_lens > 0]
+    if not asking.size or asking[0] > threshold:
+        return 0
+    others = (query_lens != asking[0]) & (query_lens > 0)
+    return int(others.argmax()) if others.any() else len(query_lens)
 
 
-def _split(whole: Phase, decodes: int, decode_tokens: int) -> list[Phase]:
-    num_reqs = whole.batch.num_reqs
-    if decodes in (0, num_reqs):
-        batch = replace(whole.batch, phase=PREFILL)
-        if decodes == num_reqs:
-            # What a graph is captured with has no context; what it is replayed with has.
-            batch = replace(whole.batch, phase=DECODE, fresh=False)
-        return [replace(whole, batch=batch, plans={})]
-    bound = whole.seq_lens_cpu
-    # The decodes' longest, not the batch's: it sizes their splits.
-    longest = whole.batch.max_seq_len if bound is None else int(bound[:decodes].max())
-    starts = whole.query_start_loc_cpu
+def _batches(
+    whole: Batch, query_lens: Lens, bound: torch.Tensor | None, decodes: int
+) -> list[Batch]:
+    """Decodes, then prefills, whichever there are. query_lens: [num_reqs]; bound: on seq_lens."""
+    if decodes == 0:
+        return [replace(whole, phase=PREFILL)]
+    if decodes == whole.num_reqs:
+        # What a graph is captured with has no context; what it is replayed with has.
+        return [replace(whole, phase=DECODE, fresh=False)]
+    lens = None if bound is None else bound.numpy()
     # Some may have no token.
-    query_len = int(starts[: decodes + 1].diff().max())
-    prefill_starts = starts[decodes:] - starts[decodes]
-    prefill_bound = None if bound is None else bound[decodes:]
+    query_len = int(query_lens[:decodes].max())
+    decode = Batch(
+        DECODE,
+        num_reqs=decodes,
+        max_query_len=query_len,
+        # The decodes' longest, not the batch's: it sizes their splits.
+        max_seq_len=whole.max_seq_len if lens is None else int(lens[:decodes].max()),
+        uniform=bool((query_lens[:decodes] == query_len).all()),
+        host_lens=whole.host_lens,
+    )
+    prefill = Batch(
+        PREFILL,
+        num_reqs=whole.num_reqs - decodes,
+        max_query_len=whole.max_query_len,
+        max_seq_len=whole.max_seq_len,
+        uniform=False,
+        fresh=lens is not None and bool((lens[decodes:] <= query_lens[decodes:]).all()),
+        host_lens=whole.host_lens,
+    )
+    return [decode, prefill]
+
+
+def _phases(whole: Phase, batches: list[Batch], decodes: int) -> list[Phase]:
+    if len(batches) < 2:
+        return [replace(whole, batch=batch, plans={}) for batch in batches]
+    starts, bound = whole.query_start_loc_cpu, whole.seq_lens_cpu
+    tokens = int(starts[decodes])
     decode = Phase(
-        batch=Batch(
-            DECODE,
-            num_reqs=decodes,
-            max_query_len=query_len,
-            max_seq_len=longest,
-            uniform=decodes * query_len == decode_tokens,
-            host_lens=bound is not None,
-        ),
-        rows=slice(0, decode_tokens),
+        batch=batches[0],
+        rows=slice(0, tokens),
         query_start_loc=whole.query_start_loc[: decodes + 1],
         query_start_loc_cpu=starts[: decodes + 1],
         seq_lens=whole.seq_lens[:decodes],
@@ -266,20 +303,12 @@ def _split(whole: Phase, decodes: int, decode_tokens: int) -> list[Phase]:
         block_table=whole.block_table[:decodes],
     )
     prefill = Phase(
-        batch=Batch(
-            PREFILL,
-            num_reqs=num_reqs - decodes,
-            max_query_len=whole.batch.max_query_len,
-            max_seq_len=whole.batch.max_seq_len,
-            uniform=False,
-            fresh=_is_fresh(prefill_starts, prefill_bound),
-            host_lens=bound is not None,
-        ),
-        rows=slice(decode_tokens, whole.rows.stop),
-        query_start_loc=whole.query_start_loc[decodes:] - decode_tokens,
-        query_start_loc_cpu=prefill_starts,
+        batch=batches[1],
+        rows=slice(tokens, whole.rows.stop),
+        query_start_loc=whole.query_start_loc[decodes:] - tokens,
+        query_start_loc_cpu=starts[decodes:] - tokens,
         seq_lens=whole.seq_lens[decodes:],
-        seq_lens_cpu=prefill_bound,
+        seq_lens_cpu=None if bound is None else bound[decodes:],
         block_table=whole.block_table[decodes:],
     )
     return [decode, prefill]

@@ -24,7 +24,8 @@ ERROR_CHARACTERS = 1500
 class Result:
     """One test of one case. share: the worst error in budgets, None where none was measured.
 
-    case: its id; of a test that draws its cases the one that failed, or nothing.
+    case: its id; of a test that draws its cases the one that failed, or nothing. seconds: its own
+    and its setup's. at: seconds from the run's start to its end.
     """
 
     test: str
@@ -34,6 +35,7 @@ class Result:
     share: float | None = None
     reason: str = ""
     seconds: float = 0.0
+    at: float = 0.0
     error: str = ""
 
 
@@ -124,6 +126,7 @@ class ReportPlugin:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.results: list[Result] = []
+        self.setups: dict[str, float] = {}
         self.began = time.perf_counter()
         self.problems = config.stash.setdefault(PROBLEMS, [])
         self.folder = Path(config.getoption("--report"))
@@ -137,6 +140,8 @@ class ReportPlugin:
             return
         # A test's outcome is its call's, or its setup's where that did not pass.
         if report.when != "call" and report.passed:
+            if report.when == "setup":
+                self.setups[report.nodeid] = report.duration
             return
         measured: dict[str, Any] = {"elements": 0, "share": None}
         test, _, rest = name.partition("[")
@@ -161,7 +166,8 @@ class ReportPlugin:
                 elements=measured["elements"],
                 share=measured["share"],
                 reason=reason,
-                seconds=round(report.duration, 4),
+                seconds=round(report.duration + self.setups.pop(report.nodeid, 0.0), 4),
+                at=round(time.perf_counter() - self.began, 2),
                 error=report.longreprtext[-ERROR_CHARACTERS:] if status == "failed" else "",
             )
         )

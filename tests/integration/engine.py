@@ -149,6 +149,7 @@ class Process:
         """Start it. folder: for its files; not shared with another session."""
         folder.mkdir(parents=True, exist_ok=True)
         self._log, self._report = folder / "log", folder / "report.json"
+        self._names = session.runs.keys()
         path = folder / "session.json"
         path.write_text(json.dumps(dataclasses.asdict(session)))
         inherited = {name: value for name, value in os.environ.items() if name not in OWN}
@@ -166,12 +167,13 @@ class Process:
         """Wait for what came of it.
 
         Raises:
-            SessionError: if the process failed, or is not through in so many seconds.
+            SessionError: if the process failed, or has not written all in so many seconds.
         """
         try:
-            code = self._process.wait(timeout)
+            code: int | None = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
-            code = None
+            # It may be clearing up.
+            code = 0 if self.so_far().runs.keys() == self._names else None
         if code != 0:
             outcome = f"not through after {timeout} s" if code is None else f"ended with {code}"
             raise SessionError(f"{outcome}: {self._log.read_text(errors='replace')[-4000:]}")
@@ -215,14 +217,12 @@ def serve(session: Session) -> Iterator[Report]:
         # vLLM collects eight times an engine, over all that was ever imported.
         with mock.patch.object(gc, "collect"):
             runs[name] = _run(run)
-        gc.collect()
+        # Clearing up may take longer than whoever waits has time for.
         yield Report(vllm.__version__, installed, runs)
+        _clear_up()
 
 
 def _run(run: Run) -> RunReport:
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.platforms import current_platform
-
     began = time.perf_counter()
     with _counted_ops(run.fault) as (ops, captured):
         llm = start(run)
@@ -243,7 +243,7 @@ def _run(run: Run) -> RunReport:
         [(token, step) for token, step in zip(a.token_ids, a.logprobs, strict=True)]
         for a in (output.outputs[0] for output in answers.values())
     ]
-    report = RunReport(
+    return RunReport(
         prompts=[prompt for prompt, *_ in answers],
         times=[times[key] for key in answers],
         tokens=[tokens for _, *tokens in answers],
@@ -261,11 +261,18 @@ def _run(run: Run) -> RunReport:
         start_s=round(started - began, 1),
         serve_s=round(serve_s, 1),
     )
-    del llm, layers
-    cleanup_dist_env_and_memory()
+
+
+def _clear_up() -> None:
+    """After an engine, so that another can start."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
+
+    gc.collect()
+    with mock.patch.object(gc, "collect"):
+        cleanup_dist_env_and_memory()
     # The pool of the graphs that went with the engine is gone, which vLLM does not know.
     type(current_platform)._global_graph_pool = None
-    return report
 
 
 def _outputs(llm: Any, run: Run) -> Iterator[tuple[int, Any]]:

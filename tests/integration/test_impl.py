@@ -10,18 +10,25 @@ from fixtures.cases import KV_LAYOUTS, AttnCase
 from fixtures.inputs import AttnInputs, build_inputs
 from tests.harness.candidate import Driver, drive, new_output
 from tests.integration import test_dispatch
-from xfv1 import dispatch
+from tests.integration.calls import whole_call
+from xfv1 import compat, dispatch
 from xfv1.backend import XFormersAttentionBackend
 from xfv1.impl import XFormersImpl
 from xfv1.ops.base import Batch, Call, Device, Layer
 from xfv1.ops.torch_cpu import TorchCpu
-from xfv1.ops.xformers_base import pages_info, query_info
+from xfv1.ops.xformers_base import packed_lse, pages_info, query_info
 
 pytestmark = pytest.mark.cpu
 
 CPU = torch.device("cpu")
 MIXED = AttnCase(scenario="mixed_small")
 PLAIN = dataclasses.replace(test_dispatch.PLAIN, head_size=64)
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever vLLM's platform is."""
+    monkeypatch.setattr(compat, "device_kind", lambda: "cpu")
 
 
 def driven(case: AttnCase) -> tuple[AttnInputs, Driver]:
@@ -163,6 +170,24 @@ def test_xformers_is_told_the_lengths_there_are(monkeypatch: pytest.MonkeyPatch)
     assert pages.seqlen.tolist() == [32, 40, 48, 56]
     assert (pages.padding, pages.max_seqlen) == (64, 56)
     assert pages.seqlen_py == [56] * 4
+
+
+def test_the_lse_is_found_where_each_op_leaves_it() -> None:
+    """A row to a token, or a row to a request, as long as the longest and more."""
+    case = AttnCase(scenario="mixed_empty")
+    call = whole_call(build_inputs(case))
+    tokens, heads = call.query.shape[:2]
+    lse = torch.arange(tokens * heads, dtype=torch.float32).view(tokens, heads)
+    by_head = lse.t().unflatten(0, (case.num_kv_heads, -1))
+    assert torch.equal(packed_lse(call, by_head[None], packed=True), lse)
+    padded = torch.full(
+        (len(case.query_lens), *by_head.shape[:2], max(case.query_lens) + 3), torch.nan
+    )
+    starts = call.query_start_loc.tolist()
+    for request, query_len in enumerate(case.query_lens):
+        own = slice(starts[request], starts[request + 1])
+        padded[request, :, :, :query_len] = by_head[:, :, own]
+    assert torch.equal(packed_lse(call, padded, packed=False), lse)
 
 
 def test_a_profiling_run_gives_zeros() -> None:

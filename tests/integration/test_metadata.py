@@ -37,14 +37,14 @@ def driven(case: AttnCase, device: torch.device, threshold: int = 1) -> Driver:
 
 
 def assert_same(one: Any, other: Any, where: str = "metadata") -> None:
-    """Field by field; plans apart, which layers make."""
+    """Field by field, what is made when asked for too; plans apart, which layers make."""
     if isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype, where
         assert torch.equal(one, other), where
     elif dataclasses.is_dataclass(one):
         for field in dataclasses.fields(one):
             if field.name != "plans":
-                name = field.name
+                name = field.name.removeprefix("_")
                 assert_same(getattr(one, name), getattr(other, name), f"{where}.{name}")
     elif isinstance(one, list):
         assert len(one) == len(other), where

@@ -45,6 +45,8 @@ SPLITS = {
         AttnCase(query_lens=(1, 1, 7, 2), seq_lens=(90, 17, 30, 40)), 2
     ),
     "no token": Split(AttnCase(scenario="mixed_empty"), 2),
+    "no token first": Split(AttnCase(query_lens=(0, 1, 1, 9), seq_lens=(7, 18, 33, 40)), 3),
+    "no token but prompts": Split(AttnCase(query_lens=(0, 7, 9), seq_lens=(7, 18, 33)), 0),
     "verification": Split(AttnCase(scenario="spec_uniform5"), 3, threshold=5),
     "verification not counted": Split(AttnCase(scenario="spec_uniform5"), 0, threshold=4),
     "mixed verification": Split(AttnCase(scenario="mixed_spec"), 3, threshold=4),

@@ -19,7 +19,7 @@ from fixtures.cases import AttnCase
 from xfv1.backend import XFormersAttentionBackend
 from xfv1.impl import XFormersImpl
 from xfv1.metadata import Phase, XFormersMetadata
-from xfv1.ops.base import DECODE, Call, Layer, Op
+from xfv1.ops.base import DECODE, Batch, Call, Layer, Op
 from xfv1.ops.torch_cpu import TorchCpu
 
 INF = float("inf")
@@ -216,7 +216,7 @@ class MuseumImpl(XFormersImpl):
 
     op: ClassVar[Op] = PlainOp()
 
-    def _op(self, facts: Layer, phase: Phase, caches: Any, query: torch.Tensor) -> Op:
+    def _op(self, facts: Layer, batch: Batch, phase: Phase, caches: Any, query: torch.Tensor) -> Op:
         return self.op
 
 
@@ -735,6 +735,7 @@ def offsets_wrapped(piece: Piece, count: int, bits: int) -> list[torch.Tensor]:
         wrapped = (offset + half) % (2 * half) - half + int(cache.storage_offset())
         within = torch.cartesian_prod(*(torch.arange(n) for n in cache.shape[1:]))
         inner = (within * torch.tensor(cache.stride()[1:])).sum(dim=-1).view(cache.shape[1:])
+        inner = inner.to(cache.device)
         flat = cache.as_strided((cache.untyped_storage().nbytes() // cache.itemsize,), (1,), 0)
         where = (wrapped[:, None, None, None] + inner).remainder(flat.numel())
         found.append(flat[where].flatten(0, 1)[:count].float())
@@ -882,7 +883,7 @@ class PhasesSwapped(MuseumImpl):
             decode, prefill = attn_metadata.phases
             table = attn_metadata.block_table[: prefill.batch.num_reqs]
             wrong = dataclasses.replace(prefill, block_table=table, plans={})
-            attn_metadata = dataclasses.replace(attn_metadata, phases=[decode, wrong])
+            attn_metadata = dataclasses.replace(attn_metadata, _phases=[decode, wrong])
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
 
 

@@ -115,7 +115,23 @@ def attend(call: Call, op: Any, key: torch.Tensor, value: torch.Tensor, bias: An
         out, lse = fmha.memory_efficient_attention_forward_requires_grad(
             query, key, value, attn_bias=bias, scale=call.scale, op=op
         )
-        # [1, num_kv_heads, group, num_tokens]
         rows = query.shape[1]
-        call.lse[:rows] = lse.flatten(0, 2).transpose(0, 1)[:rows]
+        call.lse[:rows] = packed_lse(call, lse, packed=op.VARLEN_LSE_PACKED)[:rows]
     call.out[: query.shape[1]] = out[0].flatten(1, 2)
+
+
+def packed_lse(call: Call, lse: torch.Tensor, *, packed: bool) -> torch.Tensor:
+    """xFormers' LSE as [num_tokens, num_heads].
+
+    lse: [1, num_kv_heads, group, num_tokens] if packed, else, as cutlass leaves it, [num_reqs,
+    num_kv_heads, group, at least the longest query].
+    """
+    if packed:
+        return lse[0].flatten(0, 1).transpose(0, 1)
+    starts = call.query_start_loc
+    requests = torch.arange(starts.numel() - 1, device=starts.device)
+    rows = int(call.query_start_loc_cpu[-1])
+    # Told the number of rows, it does not wait for the device.
+    requests = torch.repeat_interleave(requests, starts.diff(), output_size=rows)
+    positions = torch.arange(rows, device=starts.device) - starts[requests]
+    return lse[requests, :, :, positions].flatten(1)
