@@ -83,15 +83,13 @@ def _targets_conformance(config: pytest.Config) -> bool:
 
 
 def _share_machine() -> None:
-    """Give each xdist worker its part of the cores, and a GPU of its own where there are several;
-    before anything starts CUDA."""
+    """Give each xdist worker one core, and a GPU of its own where there are several; before
+    anything starts CUDA."""
     import torch
 
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    # The cases are small: on a CPU more threads wait for each other more than they work.
-    cores = (os.cpu_count() or 1) if torch.cuda.is_available() else 1
-    torch.set_num_threads(max(1, cores // workers))
+    # What a CPU is given is small: more threads wait for each other more than they work.
+    torch.set_num_threads(1)
     if not worker:
         return
     # Line tables are a sixth of the time that Triton compiles, which is most of a GPU's run.

@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", default="1/1", help="i/n: every n-th case from the i-th")
     args = parser.parse_args(arguments)
     first, every = map(int, args.part.split("/"))
+    # Several tools may be at work side by side.
+    torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ran = wrong = 0
     for case in covering_cases("cpu")[first - 1 :: every]:
