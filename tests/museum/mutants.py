@@ -422,8 +422,8 @@ def problems(verdicts: Sequence[Verdict]) -> list[str]:
     return wrong
 
 
-def report(verdicts: Sequence[Verdict], plan: Plan) -> dict[str, Any]:
-    """What --json writes."""
+def report(verdicts: Sequence[Verdict], plan: Plan, before: dict[str, list[str]]) -> dict[str, Any]:
+    """What --json writes. before: by lane, the cases of a report that this one goes on from."""
     files = {}
     for target in TARGETS:
         own = [v for v in verdicts if v.module == target.module]
@@ -457,7 +457,7 @@ def report(verdicts: Sequence[Verdict], plan: Plan) -> dict[str, Any]:
         "noticed_first_by": dict(first.most_common()),
         "noticed_only_by": dict(alone.most_common()),
         "without": [asdict(w) for w in WITHOUT],
-        "cases": cases,
+        "cases": before | cases,
         "results": [asdict(v) for v in verdicts],
     }
 
@@ -532,24 +532,29 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if wrong else 0
     start = time.perf_counter()
     kept: dict[str, Verdict] = {}
+    before: dict[str, list[str]] = {}
     if options.new:
-        kept = _of_before(options.json)
+        kept, before = _of_before(options.json)
         mutants = [(t, m) for t, m in mutants if m.id not in kept]
         targets = [t for t in targets if any(t is of for of, _ in mutants)]
     plan = prepared(targets)
     print(f"{len(mutants)} mutants; the truth has passed in {time.perf_counter() - start:.0f} s")
     order = [m.id for t in TARGETS for m in chosen(t)]
-    content = report([], plan)
+
+    def write() -> dict[str, Any]:
+        """As far as it has come: --new goes on from there."""
+        content = report([kept[name] for name in order if name in kept], plan, before)
+        if options.json:
+            options.json.write_text(json.dumps(content, indent=1) + "\n")
+        return content
+
+    content = write()
     for verdict in run(mutants, plan):
         kept[verdict.id] = verdict
         kind, known = verdict.kind or "-", " (equivalent)" if verdict.equivalent else ""
         what = f"{verdict.verdict:9}{kind:14}{verdict.seconds:7.1f}"
         print(f"{what}  {verdict.id}{known}", flush=True)
-        found = [kept[name] for name in order if name in kept]
-        content = report(found, plan)
-        if options.json:
-            # As far as it has come: --new goes on from there.
-            options.json.write_text(json.dumps(content, indent=1) + "\n")
+        content = write()
     wrong = problems([kept[name] for name in order if name in kept])
     print("\n".join(wrong))
     print(
@@ -559,15 +564,18 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def _of_before(path: Path) -> dict[str, Verdict]:
-    """The verdicts of a report, of mutants that there still are; survivors are asked again."""
+def _of_before(path: Path) -> tuple[dict[str, Verdict], dict[str, list[str]]]:
+    """A report's verdicts, but for survivors, who are asked again; and its cases."""
+    if not path.exists():
+        return {}, {}
+    content = json.loads(path.read_text())
     reasons = explained()
     found = {}
-    for result in json.loads(path.read_text())["results"] if path.exists() else []:
+    for result in content["results"]:
         verdict = Verdict(**{**result, "equivalent": reasons.get(result["id"], "")})
         if verdict.noticed or verdict.equivalent:
             found[verdict.id] = verdict
-    return found
+    return found, content["cases"]
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ _INVARIANT = "for batch invariance, whose tests run in a process of their own"
 WITHOUT = (
     Without("xfv1.metadata", "XFormersMetadataBuilder._parts", _RANKS),
     Without("xfv1.metadata", "XFormersMetadataBuilder.__init__", _RANKS, "self._lens = *"),
+    Without("xfv1.metadata", "XFormersMetadataBuilder.build", _RANKS, "metadata.parts = *"),
     Without("xfv1.metadata", "XFormersMetadataBuilder.update_block_table", _RANKS, "*parts*"),
     Without("xfv1.impl", "XFormersImpl._run_parts", _RANKS),
     Without("xfv1.impl", "XFormersImpl.__init__", _RANKS, "*sharded*"),
