@@ -25,7 +25,6 @@ from xfv1.ops.base import Call, Op, device_of
 pytestmark = [
     pytest.mark.cpu,
     pytest.mark.gpu,
-    pytest.mark.long,
     # NumPy, which interprets Triton, warns where a GPU gives an infinity.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
