@@ -139,6 +139,18 @@ def test_self_runs_every_folder_of_tests_but_the_matrix() -> None:
     assert PYPROJECT["tool"]["pytest"]["ini_options"]["testpaths"] == ["tests/conformance"]
 
 
+def test_self_leaves_out_the_soak_alone() -> None:
+    """Elsewhere the mark would hide a test from every run there is."""
+    command = _tox()["testenv:self"]["commands"]
+    assert '-m "not long"' in command
+    marked = {
+        name
+        for name in TEST_MODULES
+        if "conformance" not in name and "mark." + "long" in (ROOT / name).read_text()
+    }
+    assert marked == {"tests/integration/test_soak.py"}
+
+
 # The package.
 
 
