@@ -242,8 +242,8 @@ class Fault:
 
     name: of the backend class here. source: where it was reported. what: what it does. model:
     "exact", or what stands in for what. shows: the cases whose answer it can change. control: it
-    changes no answer that anyone is promised, and has to pass. survives: why the suite cannot
-    tell it, if it cannot. steps: how many the fault takes to show once.
+    changes no answer that anyone is promised, and has to pass. steps: how many the fault takes to
+    show once.
     """
 
     name: str
@@ -253,7 +253,6 @@ class Fault:
     shows: Shows
     backend: type[Plain]
     control: bool = False
-    survives: str = ""
     steps: int = 1
 
     @property
@@ -764,11 +763,7 @@ class BlockOffsetIn16Bits(PlainOp):
         return dequantized(piece, offsets_wrapped(piece, count, 16))
 
 
-@plant(
-    "vLLM #50427, #47671, flash-attention #772",
-    paged,
-    survives="a cache of more than 2**31 elements is for a GPU: conformance/test_addressing.py",
-)
+@plant("vLLM #50427, #47671, flash-attention #772", paged)
 class BlockOffsetIn32Bits(PlainOp):
     """Block times stride overflows int32: blocks far into the cache are read elsewhere."""
 
