@@ -92,7 +92,7 @@ def _share_machine() -> None:
     torch.set_num_threads(1)
     if not worker:
         return
-    # Line tables are a sixth of the time that Triton compiles, which is most of a GPU's run.
+    # Line tables are a sixth of the time that Triton compiles.
     os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]

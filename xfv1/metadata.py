@@ -141,6 +141,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
         num_reqs = common.num_reqs
         starts = common.query_start_loc_cpu[: num_reqs + 1]
         query_lens = np.diff(starts.numpy())
+        lens = None if bound is None else bound.numpy()
         whole = Phase(
             batch=Batch(
                 PREFILL if common.max_query_len > 1 else DECODE,
@@ -148,7 +149,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
                 max_query_len=common.max_query_len,
                 max_seq_len=common.max_seq_len,
                 uniform=bool((query_lens == common.max_query_len).all()),
-                fresh=bound is not None and bool((bound.numpy() <= query_lens).all()),
+                fresh=lens is not None and _is_fresh(query_lens, lens),
                 host_lens=bound is not None,
             ),
             rows=slice(0, common.num_actual_tokens),
@@ -162,7 +163,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
         # Most ops take no empty batch.
         if 0 not in (num_reqs, common.num_actual_tokens, common.max_query_len):
             decodes = _decodes(query_lens, self.reorder_batch_threshold or 1)
-            batches = _batches(whole.batch, query_lens, bound, decodes)
+            batches = _batches(whole.batch, query_lens, lens, decodes)
         metadata = XFormersMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
@@ -255,16 +256,19 @@ def _decodes(query_lens: Lens, threshold: int) -> int:
     return int(others.argmax()) if others.any() else len(query_lens)
 
 
-def _batches(
-    whole: Batch, query_lens: Lens, bound: torch.Tensor | None, decodes: int
-) -> list[Batch]:
-    """Decodes, then prefills, whichever there are. query_lens: [num_reqs]; bound: on seq_lens."""
+def _is_fresh(query_lens: Lens, lens: Lens) -> bool:
+    """Whether no request has context. lens: bounds on seq_lens."""
+    return bool((lens <= query_lens).all())
+
+
+def _batches(whole: Batch, query_lens: Lens, lens: Lens | None, decodes: int) -> list[Batch]:
+    """Decodes, then prefills, whichever there are. query_lens: [num_reqs]; lens: see `_is_fresh`,
+    None if not known."""
     if decodes == 0:
         return [replace(whole, phase=PREFILL)]
     if decodes == whole.num_reqs:
         # What a graph is captured with has no context; what it is replayed with has.
         return [replace(whole, phase=DECODE, fresh=False)]
-    lens = None if bound is None else bound.numpy()
     # Some may have no token.
     query_len = int(query_lens[:decodes].max())
     decode = Batch(
@@ -282,7 +286,7 @@ def _batches(
         max_query_len=whole.max_query_len,
         max_seq_len=whole.max_seq_len,
         uniform=False,
-        fresh=lens is not None and bool((lens[decodes:] <= query_lens[decodes:]).all()),
+        fresh=lens is not None and _is_fresh(query_lens[decodes:], lens[decodes:]),
         host_lens=whole.host_lens,
     )
     return [decode, prefill]
