@@ -1,5 +1,6 @@
 """Backends that are wrong in one way each: what --candidate must not let pass."""
 
+import time
 from typing import Any
 
 from xfv1.backend import XFormersAttentionBackend
@@ -49,3 +50,18 @@ class RefusesAll(XFormersAttentionBackend):
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         return False
+
+
+class _EndlessImpl(XFormersImpl):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs["output"].shape[0] > 2:
+            time.sleep(3600)
+        return super().forward(*args, **kwargs)
+
+
+class PrefillsNeverEnd(XFormersAttentionBackend):
+    """xfv1, but a batch of more than two tokens is never done."""
+
+    @staticmethod
+    def get_impl_cls() -> type[XFormersImpl]:
+        return _EndlessImpl
