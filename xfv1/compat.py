@@ -10,6 +10,7 @@ import torch
 
 # The first and the last release series of vLLM that xfv1 is tested with.
 TESTED = ((0, 26), (0, 33))
+WARP = 32
 FP8 = {"fp8": None, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
@@ -80,11 +81,12 @@ def write_kv(
     kv_cache_dtype: str,
     layer: Any,
 ) -> None:
-    """vLLM's own op where it exists, PyTorch's indexing on a CPU.
+    """vLLM's own op where it can, else PyTorch's indexing.
 
     key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_size] views.
     """
-    if key.device.type == "cuda":
+    # Given fewer elements of a token than a warp has threads, the op never returns.
+    if key.device.type == "cuda" and key.shape[1] * key.shape[2] >= WARP:
         from vllm import _custom_ops
 
         # The op reads bytes and a dtype's name.
@@ -93,16 +95,20 @@ def write_kv(
             key, value, *raw, slot_mapping, kv_cache_dtype, layer._k_scale, layer._v_scale
         )
         return
-    slots = slot_mapping.long()
-    tokens = (slots >= 0).nonzero().flatten()
-    size = key_cache.shape[1]
-    blocks, offsets = slots[tokens] // size, slots[tokens] % size
+    # As a graph may capture it, so without a count of the tokens: padding, whose slot is -1, writes
+    # back what the first slot holds, which vLLM gives to no request.
+    real = (slot_mapping >= 0)[:, None, None]
+    slots = slot_mapping.clamp(min=0).long()
+    blocks, offsets = slots // key_cache.shape[1], slots % key_cache.shape[1]
     for new, cache, scale in (
         (key, key_cache, layer._k_scale),
         (value, value_cache, layer._v_scale),
     ):
-        content = new[tokens]
-        cache[blocks, offsets] = quantize(content, cache.dtype, scale)
+        stored = quantize(new[: slots.numel()], cache.dtype, scale)
+        # NaN stays the NaN it was, and PyTorch indexes few float8 tensors.
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[cache.itemsize]
+        cells = cache.view(bits)
+        cells[blocks, offsets] = torch.where(real, stored.view(bits), cells[blocks, offsets])
 
 
 def quantize(content: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:

@@ -46,10 +46,8 @@ class VllmFlashAttention:
         reasons += feature_reasons(layer, "sliding_window", "softcap", "noncausal", *more)
         if layer.sinks and layer.dtype != torch.bfloat16:
             reasons.append("takes sinks in bfloat16 only")
-        # As xFormers asks of FlashAttention 3: smaller heads are in no suite.
-        least = {2: 8, 3: 32}[self.version]
-        if layer.head_size % 8 or not least <= layer.head_size <= 256:
-            reasons.append(f"head size {layer.head_size}: multiples of 8 from {least} to 256")
+        if layer.head_size % 8 or layer.head_size > 256:
+            reasons.append(f"head size {layer.head_size}: multiples of 8 to 256")
         if batch.phase != ENCODER and layer.block_size % 16:
             reasons.append(f"block size {layer.block_size}: a multiple of 16")
         return reasons
