@@ -117,7 +117,7 @@ def test_a_captured_graph_replays_like_eager(
     # The graph's own tensors: it reads these, and the batches are copied into them.
     static = permute_blocks(inputs, seed=1).copied(device)
     output = new_output(static)
-    metadata = driver.metadata(static)
+    metadata = driver.metadata_to_capture(static)
 
     def step() -> None:
         driver.update_cache(static, static.cache)
@@ -169,8 +169,8 @@ def _steps(case: AttnCase) -> bool:
 
 
 def _graph(case: AttnCase) -> bool:
-    """Batches that vLLM captures in full graphs: uniform."""
-    uniform = len(set(case.query_lens)) == 1 and case.query_lens[0] <= 8
+    """Batches that vLLM captures in full graphs: decodes alike, of drafts or of one token."""
+    uniform = set(case.query_lens) == {1 + case.drafts}
     return uniform and case.attention == "decoder" and not case.pad_reqs
 
 

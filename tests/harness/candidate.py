@@ -110,6 +110,26 @@ class Driver:
                 common_prefix_len=0, common_attn_metadata=common_metadata(inputs)
             )
 
+    def metadata_to_capture(self, inputs: AttnInputs) -> Any:
+        """The backend's metadata for a uniform batch whose step is captured in a CUDA graph.
+
+        Raises:
+            Refused: where the builder says that vLLM must not capture such a batch.
+        """
+        from vllm.v1.attention.backend import AttentionCGSupport
+
+        single = max(inputs.case.query_lens) == 1
+        least = (
+            AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+            if single
+            else AttentionCGSupport.UNIFORM_BATCH
+        )
+        support = self.builder.get_cudagraph_support(self.config, self.builder.kv_cache_spec)
+        if support.value < least.value:
+            raise Refused([f"CUDA graphs: {support.name}"])
+        with _vllm_config(self.config):
+            return self.builder.build_for_cudagraph_capture(common_metadata(inputs))
+
     def update_cache(self, inputs: AttnInputs, cache: torch.Tensor) -> None:
         """Write the batch's keys and values, where the backend leaves that to vLLM's layer."""
         if self.backend.forward_includes_kv_cache_update or self.case.kv_sharing:
@@ -219,6 +239,7 @@ def drive(
         case.block_size,
         case.kv_dtype,
         case.sliding_window,
+        case.drafts,
     )
     with _vllm_config(config):
         if reasons := configuration_reasons(backend, case, device):
@@ -465,9 +486,10 @@ def vllm_config(
     block_size: int,
     kv_dtype: str,
     sliding_window: int | None,
+    drafts: int = 0,
 ) -> Any:
     """A VllmConfig of a one-layer Llama of these shapes; no weights, no tokenizer, no network."""
-    from vllm.config import CacheConfig, ModelConfig, VllmConfig
+    from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.config.compilation import CompilationConfig, CUDAGraphMode
 
     register_models("LlamaForCausalLM")
@@ -498,5 +520,19 @@ def vllm_config(
         cache_dtype=kv_dtype,
         sliding_window=sliding_window,
     )
-    compilation = CompilationConfig(cudagraph_mode=CUDAGraphMode.NONE)
-    return VllmConfig(model_config=model, cache_config=cache, compilation_config=compilation)
+    parallel = ParallelConfig()
+    speculative = None
+    if drafts:
+        speculative = SpeculativeConfig(
+            method="ngram",
+            num_speculative_tokens=drafts,
+            target_model_config=model,
+            target_parallel_config=parallel,
+        )
+    return VllmConfig(
+        model_config=model,
+        cache_config=cache,
+        parallel_config=parallel,
+        speculative_config=speculative,
+        compilation_config=CompilationConfig(cudagraph_mode=CUDAGraphMode.NONE),
+    )

@@ -18,22 +18,20 @@ from tests.harness.report import Recorder
 from xfv1.backend import XFormersAttentionBackend
 from xfv1.ops.base import DECODE, PREFILL
 
-# (scenario, the longest query that counts as a decode, the phases it has).
+# (scenario, the phases it has).
 STEPS = {
-    "decodes": (AttnCase(scenario="small_decode"), 1, [DECODE]),
-    "padded": (AttnCase(scenario="small_decode", pad_reqs=2, pad_tokens=2), 1, [DECODE]),
-    "prompts": (AttnCase(scenario="fresh_prefill"), 1, [PREFILL]),
-    "mixed": (AttnCase(scenario="mixed_small"), 1, [DECODE, PREFILL]),
-    "verification": (AttnCase(scenario="spec_uniform5"), 5, [DECODE]),
-    "verification beside prompts": (AttnCase(scenario="mixed_spec"), 4, [DECODE, PREFILL]),
+    "decodes": (AttnCase(scenario="small_decode"), [DECODE]),
+    "padded": (AttnCase(scenario="small_decode", pad_reqs=2, pad_tokens=2), [DECODE]),
+    "prompts": (AttnCase(scenario="fresh_prefill"), [PREFILL]),
+    "mixed": (AttnCase(scenario="mixed_small"), [DECODE, PREFILL]),
+    "verification": (AttnCase(scenario="spec_uniform5"), [DECODE]),
+    "verification beside prompts": (AttnCase(scenario="mixed_spec"), [DECODE, PREFILL]),
 }
-STEP = pytest.mark.parametrize(("sample", "threshold", "phases"), STEPS.values(), ids=STEPS)
+STEP = pytest.mark.parametrize(("sample", "phases"), STEPS.values(), ids=STEPS)
 
 
-def driven(case: AttnCase, device: torch.device, threshold: int = 1) -> Driver:
-    driver = drive(XFormersAttentionBackend, case, device)
-    driver.builder.reorder_batch_threshold = threshold
-    return driver
+def driven(case: AttnCase, device: torch.device) -> Driver:
+    return drive(XFormersAttentionBackend, case, device)
 
 
 def assert_same(one: Any, other: Any, where: str = "metadata") -> None:
@@ -56,10 +54,10 @@ def assert_same(one: Any, other: Any, where: str = "metadata") -> None:
 
 @STEP
 def test_updated_table_equals_a_build_with_it(
-    sample: AttnCase, threshold: int, phases: list[str], device: torch.device
+    sample: AttnCase, phases: list[str], device: torch.device
 ) -> None:
     inputs = build_inputs(sample, device)
-    builder = driven(sample, device, threshold).builder
+    builder = driven(sample, device).builder
     common = common_metadata(inputs)
     other = dataclasses.replace(
         common,
@@ -101,7 +99,8 @@ def test_updated_table_equals_a_build_of_local_chunks(device: torch.device) -> N
 def test_drafting_after_verification_equals_a_build(device: torch.device, record: Recorder) -> None:
     """One token to a request, and the host knows lengths as if every draft had been accepted."""
     inputs = build_inputs(AttnCase(scenario="small_decode"), device)
-    driver = driven(inputs.case, device, threshold=5)
+    driver = driven(inputs.case, device)
+    driver.builder.reorder_batch_threshold = 5
     common = common_metadata(inputs)
     bound = common.seq_lens_cpu_upper_bound + 3
     common = dataclasses.replace(
@@ -138,9 +137,9 @@ def test_metadata_of_a_capture_serves_later_batches(
 ) -> None:
     """Captured with whole prompts of the queries' length, as vLLM's dummy batch has them; at a
     replay nothing but the buffers that it was built over has changed."""
-    case, threshold, _ = STEPS[name]
+    case, _ = STEPS[name]
     inputs = build_inputs(case, device)
-    driver = driven(case, device, threshold)
+    driver = driven(case, device)
     common = common_metadata(inputs)
     buffers = {
         field: getattr(common, field).clone()

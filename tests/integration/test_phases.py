@@ -1,9 +1,7 @@
 """Does the builder say of each phase of a batch what is so? Ops on a GPU go by all of it."""
 
-import copy
 import itertools
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,14 +128,11 @@ def test_keys_are_bounded_by_the_phases_own_longest_where_that_is_known(split: S
         assert phase.batch.max_seq_len == own
 
 
-def test_drafts_are_decodes() -> None:
-    """Of a model that drafts 3 tokens a step, up to 4 queries to a request."""
-    builder = drive(XFormersAttentionBackend, AttnCase(scenario="small_decode"), CPU).builder
-    assert builder.reorder_batch_threshold == 1
-    config = copy.copy(builder.vllm_config)
-    config.speculative_config = SimpleNamespace(num_speculative_tokens=3, parallel_drafting=False)
-    drafting = type(builder)(builder.kv_cache_spec, builder.layer_names, config, CPU)
-    assert drafting.reorder_batch_threshold == 4
+@pytest.mark.parametrize(("scenario", "longest"), [("small_decode", 1), ("spec_uniform5", 5)])
+def test_drafts_are_decodes(scenario: str, longest: int) -> None:
+    """Of a model that drafts 4 tokens a step, up to 5 queries to a request."""
+    driver = drive(XFormersAttentionBackend, AttnCase(scenario=scenario), CPU)
+    assert driver.builder.reorder_batch_threshold == longest
 
 
 @pytest.mark.parametrize("name", ["decodes", "mixed", "mixed verification", "prompts"])

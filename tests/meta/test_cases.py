@@ -133,7 +133,8 @@ def test_a_scenarios_name_is_its_lengths(scenario: str) -> None:
     attention = "cross" if scenario.startswith("cross") else "decoder"
     case = AttnCase(scenario=scenario, attention=attention)
     assert case.id.split("-")[0] == scenario
-    assert (case.query_lens, case.seq_lens) == SCENARIOS[scenario]
+    assert (case.query_lens, case.seq_lens, case.drafts) == SCENARIOS[scenario]
+    assert case.replace(query_lens=case.query_lens).drafts == 0
     assert re.fullmatch(r"[a-z][a-z0-9_]*", scenario)
     assert AttnCase.from_id(case.id) == case
 

@@ -27,6 +27,8 @@ ERRORS = {
     "--hf-config={}/missing.json": "missing.json",
     "--ledger={}/config.json": "config.json: Invalid",
 }
+# A case of 16 tokens, for a candidate that is never done with more than two.
+ENDLESS = "small_prefill-chunked-h8kv2-gqa-head64-block16-fp16"
 BROKEN = '{"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": "many"}'
 
 
@@ -126,3 +128,25 @@ def test_without_a_tier_the_devices_own_is_run(tmp_path: Path) -> None:
     assert set() < by_tier["cpu"] < by_tier["gpu"]
     own = "gpu" if torch.cuda.is_available() else "cpu"
     assert collected(default.output) == by_tier[own]
+
+
+def test_a_test_that_never_ends_fails_alone(tmp_path: Path) -> None:
+    """Its process ends, with the stack of where it was, and another takes the other tests."""
+    run = run_once(
+        tmp_path,
+        *SMALL,
+        f"--case={ENDLESS}",
+        "-n1",
+        f"--candidate={WRONG}:PrefillsNeverEnd",
+        *("-o", "faulthandler_timeout=30"),
+        *("-k", "test_output_matches_reference"),
+    )
+    assert run.status == 1
+    verdicts = {result["case"]: result for result in run.results["results"]}
+    assert {case: result["status"] for case, result in verdicts.items()} == {
+        CASE: "passed",
+        ENDLESS: "failed",
+    }
+    assert "crashed while running" in verdicts[ENDLESS]["error"]
+    assert "Timeout (0:00:30)!" in run.output
+    assert "in forward" in run.output
