@@ -10,6 +10,7 @@ import torch
 
 # The first and the last release series of vLLM that xfv1 is tested with.
 TESTED = ((0, 26), (0, 33))
+# The threads that vLLM's cache op counts in.
 WARP = 32
 FP8 = {"fp8": None, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
