@@ -217,7 +217,10 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         if caches is None and batches:
             return [whole]
         if len(batches) == 2:
-            first, second = (self._op(facts, batch, whole, caches, query) for batch in batches)
+            first, second = (
+                self._op(facts, self._batch(batch, whole, caches), whole, query)
+                for batch in batches
+            )
             if first is second and first.ragged:
                 return [whole]
         return metadata.phases
@@ -290,17 +293,9 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         cached: Batch = phase.plans[key]
         return cached
 
-    def _op(
-        self,
-        facts: Layer,
-        batch: Batch,
-        phase: Phase,
-        caches: tuple[torch.Tensor, torch.Tensor] | None,
-        query: torch.Tensor,
-    ) -> Op:
-        """The op for a batch of a phase's, or of a part of it."""
+    def _op(self, facts: Layer, batch: Batch, phase: Phase, query: torch.Tensor) -> Op:
+        """The op for a batch that `_batch` has completed; the phase keeps the choice."""
         # Layers alike in all else may differ in whose keys they read, and so in their batch.
-        batch = self._batch(batch, phase, caches)
         key = ("op", facts, batch)
         if key not in phase.plans:
             phase.plans[key] = dispatch.choose(facts, batch, device_of(query.device.type))
@@ -319,7 +314,8 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         output: torch.Tensor,
         lse: torch.Tensor | None = None,
     ) -> None:
-        op = self._op(facts, phase.batch, phase, caches, query)
+        batch = self._batch(phase.batch, phase, caches)
+        op = self._op(facts, batch, phase, query)
         own = (
             key is not None
             and value is not None
@@ -328,7 +324,7 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         op.run(
             Call(
                 layer=facts,
-                batch=self._batch(phase.batch, phase, caches),
+                batch=batch,
                 query=query[phase.rows],
                 key=key[phase.rows] if own and key is not None else None,
                 value=value[phase.rows] if own and value is not None else None,

@@ -64,9 +64,8 @@ class XFormersMetadata(AttentionMetadata):
     """One step's batch, whole and in phases.
 
     whole: all requests as one ragged phase. batches: the same as decodes, then prefills, whichever
-    there are; none where nothing is asked. decodes: how many requests decode, the first ones.
-    slot_mapping: [num_tokens] int64 (vLLM's cross attention replaces it). parts: None where the
-    cache is whole.
+    there are; none where nothing is asked. slot_mapping: [num_tokens] int64 (vLLM's cross attention
+    replaces it). parts: None where the cache is whole.
     """
 
     num_actual_tokens: int
@@ -79,7 +78,6 @@ class XFormersMetadata(AttentionMetadata):
     causal: bool
     whole: Phase
     batches: list[Batch]
-    decodes: int
     parts: Parts | None = None
     _phases: list[Phase] | None = None
 
@@ -88,7 +86,7 @@ class XFormersMetadata(AttentionMetadata):
         """A phase to each of the batches. Made when first asked for: an op that serves both decodes
         and prefills takes the whole."""
         if self._phases is None:
-            self._phases = _phases(self.whole, self.batches, self.decodes)
+            self._phases = _phases(self.whole, self.batches)
         return self._phases
 
 
@@ -159,7 +157,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
             seq_lens_cpu=bound,
             block_table=common.block_table_tensor[:num_reqs],
         )
-        decodes, batches = 0, []
+        batches: list[Batch] = []
         # Most ops take no empty batch.
         if 0 not in (num_reqs, common.num_actual_tokens, common.max_query_len):
             decodes = _decodes(query_lens, self.reorder_batch_threshold or 1)
@@ -175,7 +173,6 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
             causal=common.causal,
             whole=whole,
             batches=batches,
-            decodes=decodes,
         )
         if batches and self.dcp_world_size > 1:
             metadata.parts = self._parts(whole, metadata.phases)
@@ -292,9 +289,10 @@ def _batches(whole: Batch, query_lens: Lens, lens: Lens | None, decodes: int) ->
     return [decode, prefill]
 
 
-def _phases(whole: Phase, batches: list[Batch], decodes: int) -> list[Phase]:
+def _phases(whole: Phase, batches: list[Batch]) -> list[Phase]:
     if len(batches) < 2:
         return [replace(whole, batch=batch, plans={}) for batch in batches]
+    decodes = batches[0].num_reqs
     starts, bound = whole.query_start_loc_cpu, whole.seq_lens_cpu
     tokens = int(starts[decodes])
     decode = Phase(

@@ -380,7 +380,8 @@ def test_layers_alike_but_for_whose_keys_they_read_choose_each_their_own_op(
     monkeypatch.setattr(dispatch, "choose", record)
     for impl in (own, shared, own):
         facts = impl._layer(torch.float32, 16, True)
-        impl._op(facts, phase.batch, phase, impl._split(cache), torch.zeros(12, 8, 64))
+        batch = impl._batch(phase.batch, phase, impl._split(cache))
+        impl._op(facts, batch, phase, torch.zeros(12, 8, 64))
     assert [batch.fresh for batch in asked] == [True, False]
 
 

@@ -216,7 +216,7 @@ class MuseumImpl(XFormersImpl):
 
     op: ClassVar[Op] = PlainOp()
 
-    def _op(self, facts: Layer, batch: Batch, phase: Phase, caches: Any, query: torch.Tensor) -> Op:
+    def _op(self, facts: Layer, batch: Batch, phase: Phase, query: torch.Tensor) -> Op:
         return self.op
 
 

@@ -543,9 +543,12 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(mutants)} mutants; the truth has passed in {time.perf_counter() - start:.0f} s")
     order = [m.id for t in TARGETS for m in chosen(t)]
 
+    def found() -> list[Verdict]:
+        return [kept[name] for name in order if name in kept]
+
     def write() -> dict[str, Any]:
         """As far as it has come: --new goes on from there."""
-        content = report([kept[name] for name in order if name in kept], plan, before)
+        content = report(found(), plan, before)
         if options.json:
             options.json.write_text(json.dumps(content, indent=1) + "\n")
         return content
@@ -557,7 +560,7 @@ def main(arguments: list[str] | None = None) -> int:
         what = f"{verdict.verdict:9}{kind:14}{verdict.seconds:7.1f}"
         print(f"{what}  {verdict.id}{known}", flush=True)
         content = write()
-    wrong = problems([kept[name] for name in order if name in kept])
+    wrong = problems(found())
     print("\n".join(wrong))
     print(
         f"{content['noticed']} of {content['mutants'] - content['equivalent']} mutants noticed"

@@ -128,10 +128,13 @@ def packed_lse(call: Call, lse: torch.Tensor, *, packed: bool) -> torch.Tensor:
     """
     if packed:
         return lse[0].flatten(0, 1).transpose(0, 1)
-    starts = call.query_start_loc
-    requests = torch.arange(starts.numel() - 1, device=starts.device)
-    rows = int(call.query_start_loc_cpu[-1])
-    # Told the number of rows, it does not wait for the device.
-    requests = torch.repeat_interleave(requests, starts.diff(), output_size=rows)
-    positions = torch.arange(rows, device=starts.device) - starts[requests]
+    plan = "lse_rows"
+    if plan not in call.plans:
+        starts = call.query_start_loc
+        requests = torch.arange(starts.numel() - 1, device=starts.device)
+        rows = int(call.query_start_loc_cpu[-1])
+        # Told the number of rows, it does not wait for the device.
+        requests = torch.repeat_interleave(requests, starts.diff(), output_size=rows)
+        call.plans[plan] = requests, torch.arange(rows, device=starts.device) - starts[requests]
+    requests, positions = call.plans[plan]
     return lse[requests, :, :, positions].flatten(1)
