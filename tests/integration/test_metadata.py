@@ -12,7 +12,7 @@ import torch
 
 from fixtures.cases import AttnCase
 from fixtures.inputs import build_inputs
-from tests.harness.candidate import Driver, common_metadata, drive
+from tests.harness.candidate import common_metadata, drive
 from tests.harness.compare import check_against_reference
 from tests.harness.report import Recorder
 from xfv1.backend import XFormersAttentionBackend
@@ -28,10 +28,6 @@ STEPS = {
     "verification beside prompts": (AttnCase(scenario="mixed_spec"), [DECODE, PREFILL]),
 }
 STEP = pytest.mark.parametrize(("sample", "phases"), STEPS.values(), ids=STEPS)
-
-
-def driven(case: AttnCase, device: torch.device) -> Driver:
-    return drive(XFormersAttentionBackend, case, device)
 
 
 def assert_same(one: Any, other: Any, where: str = "metadata") -> None:
@@ -57,7 +53,7 @@ def test_updated_table_equals_a_build_with_it(
     sample: AttnCase, phases: list[str], device: torch.device
 ) -> None:
     inputs = build_inputs(sample, device)
-    builder = driven(sample, device).builder
+    builder = drive(XFormersAttentionBackend, sample, device).builder
     common = common_metadata(inputs)
     other = dataclasses.replace(
         common,
@@ -82,7 +78,7 @@ def test_updated_table_equals_a_build_of_local_chunks(device: torch.device) -> N
     )
 
     inputs = build_inputs(AttnCase(scenario="mixed_small"), device)
-    driver = driven(inputs.case, device)
+    driver = drive(XFormersAttentionBackend, inputs.case, device)
     wrapper = create_chunked_local_attention_backend(XFormersAttentionBackend, 16)
     own = driver.builder
     builder = wrapper.get_builder_cls()(
@@ -99,7 +95,7 @@ def test_updated_table_equals_a_build_of_local_chunks(device: torch.device) -> N
 def test_drafting_after_verification_equals_a_build(device: torch.device, record: Recorder) -> None:
     """One token to a request, and the host knows lengths as if every draft had been accepted."""
     inputs = build_inputs(AttnCase(scenario="small_decode"), device)
-    driver = driven(inputs.case, device)
+    driver = drive(XFormersAttentionBackend, inputs.case, device)
     driver.builder.reorder_batch_threshold = 5
     common = common_metadata(inputs)
     bound = common.seq_lens_cpu_upper_bound + 3
@@ -119,7 +115,7 @@ def test_a_draft_models_longer_requests_are_not_taken_for_whole_prompts(
     from vllm.v1.spec_decode.utils import extend_all_queries_by_N
 
     inputs = build_inputs(AttnCase(scenario="mixed_fresh"), device)
-    builder = driven(inputs.case, device).builder
+    builder = drive(XFormersAttentionBackend, inputs.case, device).builder
     common = common_metadata(inputs)
     assert builder.build(0, common).phases[-1].batch.fresh
     arange = torch.arange(1 + common.num_reqs, dtype=torch.int32, device=device)
@@ -139,7 +135,7 @@ def test_metadata_of_a_capture_serves_later_batches(
     replay nothing but the buffers that it was built over has changed."""
     case, _ = STEPS[name]
     inputs = build_inputs(case, device)
-    driver = driven(case, device)
+    driver = drive(XFormersAttentionBackend, case, device)
     common = common_metadata(inputs)
     buffers = {
         field: getattr(common, field).clone()

@@ -26,33 +26,32 @@ K_SCALE, V_SCALE, BLOCK_SIZE = 0.5, 0.25, 16
 SLOTS = (-1, 16, 31, -1, -1, 47, 48, 33, -1)
 
 
-def caches(
-    heads: int, size: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All of the cache, NaN, and its key and value views."""
+def new_cache(heads: int, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[4 blocks, heads, BLOCK_SIZE, 2 * size], the first NaN."""
     rng = torch.Generator().manual_seed(7)
-    whole = torch.randn(4, heads, BLOCK_SIZE, 2 * size, generator=rng).to(dtype)
-    whole[0] = torch.full((), float("nan")).to(dtype)
-    whole = whole.to(device)
-    key_cache, value_cache = whole.transpose(1, 2).split(size, dim=-1)
-    return whole, key_cache, value_cache
+    cache = torch.randn(4, heads, BLOCK_SIZE, 2 * size, generator=rng).to(dtype)
+    cache[0] = torch.full((), float("nan")).to(dtype)
+    return cache.to(device)
 
 
-def write(
-    given: tuple[torch.Tensor, torch.Tensor],
-    views: tuple[torch.Tensor, torch.Tensor],
-    slots: torch.Tensor,
-    name: str,
-) -> None:
-    scales = (torch.tensor(scale, device=slots.device) for scale in (K_SCALE, V_SCALE))
-    layer = SimpleNamespace(**dict(zip(("_k_scale", "_v_scale"), scales, strict=True)))
-    write_kv(*given, *views, slots, name, layer)
+def views(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the keys, and of the values."""
+    key_cache, value_cache = cache.transpose(1, 2).chunk(2, dim=-1)
+    return key_cache, value_cache
+
+
+@pytest.fixture
+def layer(device: torch.device) -> SimpleNamespace:
+    """What is read of vLLM's layer; made before a capture, which takes nothing from the host."""
+    return SimpleNamespace(
+        _k_scale=torch.tensor(K_SCALE, device=device), _v_scale=torch.tensor(V_SCALE, device=device)
+    )
 
 
 @pytest.mark.parametrize(("heads", "size"), TOKENS)
 @pytest.mark.parametrize("name", DTYPES)
 def test_slots_hold_the_tokens_and_all_else_what_it_held(
-    name: str, heads: int, size: int, device: torch.device
+    name: str, heads: int, size: int, layer: SimpleNamespace, device: torch.device
 ) -> None:
     """Padding writes nothing, and rows past slot_mapping's are padding too."""
     model, stored = DTYPES[name]
@@ -61,28 +60,32 @@ def test_slots_hold_the_tokens_and_all_else_what_it_held(
     key, value = torch.randn(2, rows, heads, size, generator=rng).to(device, model).unbind()
     for slots in (SLOTS, (-1,) * len(SLOTS), SLOTS[5:6]):
         mapping = torch.tensor(slots, device=device)
-        done, *views = caches(heads, size, stored, device)
-        right, *truth = caches(heads, size, stored, device)
-        write((key, value), (views[0], views[1]), mapping, name)
-        reference.write_kv(
-            key, value, truth[0], truth[1], mapping, k_scale=K_SCALE, v_scale=V_SCALE
-        )
+        done = new_cache(heads, size, stored, device)
+        right = done.clone()
+        write_kv(key, value, *views(done), mapping, name, layer)
+        reference.write_kv(key, value, *views(right), mapping, k_scale=K_SCALE, v_scale=V_SCALE)
         assert torch.equal(bits(done), bits(right)), slots
 
 
 @pytest.mark.parametrize(("heads", "size"), TOKENS)
-def test_a_captured_write_follows_the_slots(heads: int, size: int, device: torch.device) -> None:
+def test_a_captured_write_follows_the_slots(
+    heads: int, size: int, layer: SimpleNamespace, device: torch.device
+) -> None:
     if device.type != "cuda":
         pytest.skip("graphs are CUDA's")
     key, value = torch.randn(2, len(SLOTS), heads, size, device=device).half().unbind()
     slots = torch.full((len(SLOTS),), -1, device=device)
-    done, *views = caches(heads, size, torch.float16, device)
-    right, *truth = caches(heads, size, torch.float16, device)
+    done = new_cache(heads, size, torch.float16, device)
+    right = done.clone()
+
+    def write() -> None:
+        write_kv(key, value, *views(done), slots, "auto", layer)
+
+    write()
     graph = torch.cuda.CUDAGraph()
-    write((key, value), (views[0], views[1]), slots, "auto")
     with torch.cuda.graph(graph):
-        write((key, value), (views[0], views[1]), slots, "auto")
+        write()
     slots.copy_(torch.tensor(SLOTS))
     graph.replay()
-    reference.write_kv(key, value, truth[0], truth[1], slots)
+    reference.write_kv(key, value, *views(right), slots)
     assert torch.equal(bits(done), bits(right))
