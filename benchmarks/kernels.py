@@ -15,6 +15,7 @@ is written down as having crashed and a new child goes on with the rest.
 
 import argparse
 import contextlib
+import copy
 import gc
 import itertools
 import json
@@ -227,10 +228,7 @@ def config_as_served(case: AttnCase) -> Any:
 
     from tests.harness import candidate
 
-    config = candidate.vllm_config(
-        case.num_heads, case.num_kv_heads, case.head_size, case.dtype, case.block_size,
-        case.kv_dtype, case.sliding_window,
-    )  # fmt: skip
+    config = copy.deepcopy(candidate.config_of(case))
     config.scheduler_config.max_num_seqs = 512
     compilation = config.compilation_config
     compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
@@ -243,11 +241,7 @@ def driver_of(backend: type[Any], case: AttnCase, device: torch.device) -> Any:
     """A backend's own builder and impl, set up by the test harness for the batch's shapes."""
     from tests.harness import candidate
 
-    config = config_as_served(case)
-    driver = candidate.drive(backend, case, device)
-    # The harness caches its configs, so drive() was given the very object that was changed.
-    assert driver.config is config
-    return driver
+    return candidate.drive(backend, case, device, config=config_as_served(case))
 
 
 @contextlib.contextmanager

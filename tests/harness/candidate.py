@@ -221,26 +221,19 @@ def drive(
     case: AttnCase,
     device: torch.device,
     sinks: torch.Tensor | None = None,
+    config: Any = None,
 ) -> Driver:
     """Set a backend up for a case.
 
     Args:
         sinks: [num_heads] in place of the case's own.
+        config: a VllmConfig in place of `config_of` the case.
 
     Raises:
         Refused: with the backend's reasons, from validate_configuration, from the layouts it
             declares, or from its impl's constructor.
     """
-    config = vllm_config(
-        case.num_heads,
-        case.num_kv_heads,
-        case.head_size,
-        case.dtype,
-        case.block_size,
-        case.kv_dtype,
-        case.sliding_window,
-        case.drafts,
-    )
+    config = config or config_of(case)
     with _vllm_config(config):
         if reasons := configuration_reasons(backend, case, device):
             raise Refused(reasons)
@@ -475,6 +468,20 @@ def _vllm_config(config: Any) -> Iterator[None]:
 
     with set_current_vllm_config(config):
         yield
+
+
+def config_of(case: AttnCase) -> Any:
+    """The VllmConfig of a server for a case: the same object for every case of the same shapes."""
+    return vllm_config(
+        case.num_heads,
+        case.num_kv_heads,
+        case.head_size,
+        case.dtype,
+        case.block_size,
+        case.kv_dtype,
+        case.sliding_window,
+        case.drafts,
+    )
 
 
 @functools.lru_cache(maxsize=64)
