@@ -45,7 +45,8 @@ class NoOp(NotImplementedError):
 class Rule:
     """Ops in the order to try them, where a phase's facts lie within bounds (inclusive).
 
-    num_reqs, seq_lens: rounded up to powers of two. dtypes: the model's; empty for any.
+    num_reqs, seq_lens: rounded up to powers of two; seq_lens and query_lens: the longest request's.
+    dtypes: the model's; empty for any.
     """
 
     phase: str
@@ -53,6 +54,7 @@ class Rule:
     head_sizes: tuple[int, int] = (1, 512)
     num_reqs: tuple[int, int] = (0, 1 << 30)
     seq_lens: tuple[int, int] = (0, 1 << 30)
+    query_lens: tuple[int, int] = (0, 1 << 30)
     dtypes: tuple[torch.dtype, ...] = ()
     capability: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (99, 0))
 
@@ -62,6 +64,7 @@ class Rule:
             and self.head_sizes[0] <= layer.head_size <= self.head_sizes[1]
             and self.num_reqs[0] <= batch.num_reqs <= self.num_reqs[1]
             and self.seq_lens[0] <= batch.max_seq_len <= self.seq_lens[1]
+            and self.query_lens[0] <= batch.max_query_len <= self.query_lens[1]
             and (not self.dtypes or layer.dtype in self.dtypes)
             and self.capability[0] <= device.capability <= self.capability[1]
         )
@@ -92,6 +95,13 @@ RULES: tuple[Rule, ...] = (
         ("vllm_fa3", "xformers_fa3", "triton", *VARLEN, "vllm_fa2", "torch"),
         dtypes=HALF,
         capability=HOPPER,
+    ),
+    # Few queries of long requests: to gather their keys takes more than to attend to them.
+    Rule(
+        PREFILL,
+        ("vllm_fa2", "triton", *VARLEN, "torch"),
+        query_lens=(0, 32),
+        seq_lens=(256, 1 << 30),
     ),
     Rule(PREFILL, (*VARLEN, "triton", "torch"), capability=HOPPER),
     Rule(PREFILL, ("vllm_fa2", *VARLEN, "triton", "torch")),

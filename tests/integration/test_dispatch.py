@@ -64,6 +64,7 @@ DECODES = Batch(DECODE, num_reqs=64, max_seq_len=4096)
 VERIFICATION = Batch(DECODE, num_reqs=8, max_query_len=4, max_seq_len=4096)
 PREFILLS = Batch(PREFILL, num_reqs=4, max_query_len=512, max_seq_len=4096, uniform=False)
 FRESH = Batch(PREFILL, num_reqs=4, max_query_len=512, max_seq_len=512, uniform=False, fresh=True)
+FEW_OF_LONG = Batch(PREFILL, num_reqs=4, max_query_len=8, max_seq_len=4096, uniform=False)
 ENCODERS = Batch(ENCODER, num_reqs=4, max_query_len=512, max_seq_len=512, uniform=False, fresh=True)
 BATCHES = {
     "decodes": DECODES,
@@ -180,6 +181,7 @@ def test_every_device_serves_every_layer_with_triton_alone(
         pytest.param(TURING, PLAIN, DECODES, "triton", id="turing decodes"),
         pytest.param(TURING, PLAIN, VERIFICATION, "triton", id="turing verification"),
         pytest.param(TURING, PLAIN, PREFILLS, "xformers_cutlass", id="turing prefills"),
+        pytest.param(TURING, PLAIN, FEW_OF_LONG, "triton", id="turing, few queries of long"),
         pytest.param(TURING, PLAIN, FRESH, "xformers_cutlass", id="turing fresh prefills"),
         pytest.param(TURING, PLAIN, ENCODERS, "xformers_cutlass", id="turing encoders"),
         pytest.param(TURING, BFLOAT16, PREFILLS, "triton", id="turing bfloat16"),
@@ -284,6 +286,7 @@ RULE = Rule(
     head_sizes=(64, 128),
     num_reqs=(2, 16),
     seq_lens=(256, 4096),
+    query_lens=(1, 32),
     dtypes=(torch.float16,),
     capability=((8, 0), (9, 0)),
 )
@@ -298,6 +301,8 @@ RULE = Rule(
         *((False, {"num_reqs": n}) for n in (1, 17)),
         *((True, {"max_seq_len": n}) for n in (256, 4096)),
         *((False, {"max_seq_len": n}) for n in (255, 4097)),
+        *((True, {"max_query_len": n}) for n in (1, 32)),
+        *((False, {"max_query_len": n}) for n in (0, 33)),
         *((True, {"capability": n}) for n in ((8, 0), (8, 6), (9, 0))),
         *((False, {"capability": n}) for n in ((7, 5), (9, 1), (10, 0))),
         (False, {"dtype": torch.bfloat16}),

@@ -12,13 +12,14 @@ import reference
 from tests.harness.candidate import bits
 from xfv1.compat import write_kv
 
-DTYPES = {
-    "auto": (torch.float16, torch.float16),
-    "bfloat16": (torch.bfloat16, torch.bfloat16),
-    "float32": (torch.float32, torch.float32),
-    "fp8_e4m3": (torch.float16, torch.float8_e4m3fn),
-    "fp8_e5m2": (torch.bfloat16, torch.float8_e5m2),
-}
+# vLLM's name of the cache's dtype, the model's dtype, and what the cache stores.
+DTYPES = (
+    ("auto", torch.float16, torch.float16),
+    ("auto", torch.float32, torch.float32),
+    ("bfloat16", torch.bfloat16, torch.bfloat16),
+    ("fp8_e4m3", torch.float16, torch.float8_e4m3fn),
+    ("fp8_e5m2", torch.bfloat16, torch.float8_e5m2),
+)
 # (num_kv_heads, head_size): below a warp's 32 elements, at them, and of a served model.
 TOKENS = ((1, 8), (3, 8), (2, 16), (8, 64))
 K_SCALE, V_SCALE, BLOCK_SIZE = 0.5, 0.25, 16
@@ -49,12 +50,12 @@ def layer(device: torch.device) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(("heads", "size"), TOKENS)
-@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize(("name", "model", "stored"), DTYPES)
 def test_slots_hold_the_tokens_and_all_else_what_it_held(
-    name: str, heads: int, size: int, layer: SimpleNamespace, device: torch.device
-) -> None:
+    name: str, model: torch.dtype, stored: torch.dtype, heads: int, size: int,
+    layer: SimpleNamespace, device: torch.device,
+) -> None:  # fmt: skip
     """Padding writes nothing, and rows past slot_mapping's are padding too."""
-    model, stored = DTYPES[name]
     rng = torch.Generator().manual_seed(3)
     rows = len(SLOTS) + 2
     key, value = torch.randn(2, rows, heads, size, generator=rng).to(device, model).unbind()

@@ -1,12 +1,22 @@
 """Keys and values of a prefill, contiguous: its own, or gathered from the pages."""
 
 import itertools
+import math
 from typing import Any
 
 import torch
 
 from xfv1.ops.base import ENCODER, Call
 from xfv1.ops.xformers_base import query_info
+
+# Dtypes to copy bytes by.
+WORDS = {
+    1: torch.uint8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+    16: torch.complex128,
+}
 
 
 def contiguous_kv(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,12 +31,23 @@ def contiguous_kv(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         return call.key[:rows], call.value[:rows]
     assert call.key_cache is not None and call.value_cache is not None
     blocks, offsets = _slots(call)
-    key, value = call.key_cache[blocks, offsets], call.value_cache[blocks, offsets]
+    key, value = (picked(cache, blocks, offsets) for cache in (call.key_cache, call.value_cache))
     if call.layer.quantized:
         assert call.k_scale is not None and call.v_scale is not None
         key = (key.float() * call.k_scale).to(call.layer.dtype)
         value = (value.float() * call.v_scale).to(call.layer.dtype)
     return key, value
+
+
+def picked(cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """cache[blocks, offsets], which PyTorch copies element by element: as few as there can be.
+
+    cache: [num_blocks, block_size, num_kv_heads, head_size], unit stride in the last dimension.
+    """
+    # Where a head's row may begin, and how long it is.
+    steps = (cache.storage_offset(), *cache.stride()[:3], cache.shape[3])
+    word = WORDS[math.gcd(max(WORDS), *(step * cache.itemsize for step in steps))]
+    return cache.view(word)[blocks, offsets].view(cache.dtype)
 
 
 def contiguous_bias(call: Call) -> Any:
