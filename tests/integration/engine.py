@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -57,7 +58,8 @@ class Run:
     for a platform that offers several. graphs: decodes are CUDA graphs. drafts: tokens an
     n-gram speculator proposes at most, 0 for none. ops: XFV1_OPS. fault: a name among `FAULTS`.
     jitter: each attention's output is moved, at random, by up to so many units in its last
-    place, as another right answer may be.
+    place, as another right answer may be. context_parallel: ranks a request's keys are spread
+    over, all of the session's or one.
     """
 
     model: Model
@@ -76,6 +78,7 @@ class Run:
     ops: str = ""
     fault: str = ""
     jitter: float = 0.0
+    context_parallel: int = 1
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Run":
@@ -86,10 +89,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Session:
-    """Runs of one process, by name."""
+    """Runs of one process, by name; or of several, with a GPU and a share of the heads to each.
+
+    ranks: how many processes.
+    """
 
     runs: dict[str, Run]
     environment: dict[str, str] = field(default_factory=dict)
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -102,8 +109,9 @@ class RunReport:
     prefix caching served. impls, backends: class of each attention layer's impl and backend.
     forwards: calls of the impls' forward. ops: calls of xfv1's ops, by "op phase
     max_query_len"; captured: those that a CUDA graph recorded. graphs: vLLM's mode of CUDA
-    graphs in the end. replays: of a graph. counters: vLLM's own, by name. start_s, serve_s:
-    seconds to start the engine and to serve the prompts.
+    graphs in the end. replays: of a graph. context_ranks: what every layer believes to share its
+    requests' keys with. counters: vLLM's own, by name. start_s, serve_s: seconds to start the
+    engine and to serve the prompts.
     """
 
     prompts: list[int]
@@ -119,6 +127,7 @@ class RunReport:
     captured: dict[str, int]
     graphs: str
     replays: int
+    context_ranks: int
     counters: dict[str, int]
     start_s: float
     serve_s: float
@@ -148,49 +157,101 @@ class Process:
     def __init__(self, session: Session, folder: Path) -> None:
         """Start it. folder: for its files; not shared with another session."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._log, self._report = folder / "log", folder / "report.json"
         self._names = session.runs.keys()
         path = folder / "session.json"
         path.write_text(json.dumps(dataclasses.asdict(session)))
         inherited = {name: value for name, value in os.environ.items() if name not in OWN}
-        command = [sys.executable, "-m", __spec__.name]
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [*command, "--session", str(path), "--report", str(self._report)],
-                cwd=ROOT,
-                env={**inherited, **ENVIRONMENT, **session.environment},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        self._logs = [folder / f"log-{rank}" for rank in range(session.ranks)]
+        self._reports = [folder / f"report-{rank}.json" for rank in range(session.ranks)]
+        self._processes = []
+        port = _free_port()
+        for rank, (log, report) in enumerate(zip(self._logs, self._reports, strict=True)):
+            command = [sys.executable, "-m", __spec__.name]
+            with log.open("w") as output:
+                process = subprocess.Popen(
+                    [*command, "--session", str(path), "--report", str(report)],
+                    cwd=ROOT,
+                    env={
+                        **inherited,
+                        **ENVIRONMENT,
+                        **session.environment,
+                        **_rank_environment(rank, session.ranks, port),
+                    },
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            self._processes.append(process)
 
     def report(self, timeout: float = 300.0) -> Report:
         """Wait for what came of it.
 
         Raises:
-            SessionError: if the process failed, or has not written all in so many seconds.
+            SessionError: if a process failed, has not written all in so many seconds, or answered
+                otherwise than the first rank's.
         """
-        try:
-            code: int | None = self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            # It may be clearing up.
-            code = 0 if self.so_far().runs.keys() == self._names else None
-        if code != 0:
-            outcome = f"not through after {timeout} s" if code is None else f"ended with {code}"
-            raise SessionError(f"{outcome}: {self._log.read_text(errors='replace')[-4000:]}")
-        return self.so_far()
+        end = time.monotonic() + timeout
+        codes = self._codes()
+        # One that failed leaves the others waiting for it.
+        while None in codes and not any(codes) and time.monotonic() < end:
+            time.sleep(0.1)
+            codes = self._codes()
+        for rank, code in enumerate(codes):
+            # Where none failed and time is up, it may be clearing up.
+            through = code == 0 or any(codes) or self._so_far(rank).runs.keys() == self._names
+            if code or not through:
+                outcome = f"ended with {code}" if code else f"not through after {timeout} s"
+                text = self._logs[rank].read_text(errors="replace")
+                raise SessionError(f"rank {rank} {outcome}: {text[-4000:]}")
+        first = self.so_far()
+        for rank in range(1, len(self._processes)):
+            for name, run in self._so_far(rank).runs.items():
+                if run.tokens != first.runs[name].tokens:
+                    raise SessionError(f"{name}: rank {rank} answered otherwise than the first")
+        return first
 
     def so_far(self) -> Report:
-        """The runs that are through."""
-        if not self._report.exists():
+        """The runs that are through, as the first rank has them."""
+        return self._so_far(0)
+
+    def _codes(self) -> list[int | None]:
+        return [process.poll() for process in self._processes]
+
+    def _so_far(self, rank: int) -> Report:
+        if not self._reports[rank].exists():
             return Report("", False, {})
-        content = json.loads(self._report.read_text())
+        content = json.loads(self._reports[rank].read_text())
         runs = {name: RunReport(**run) for name, run in content.pop("runs").items()}
         return Report(**content, runs=runs)
 
     def stop(self) -> None:
         """End it, whether or not it is through."""
-        self._process.kill()
-        self._process.wait()
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+
+
+def _rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What a launcher of several processes tells each."""
+    if ranks == 1:
+        return {}
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "NCCL_SOCKET_IFNAME": "lo",
+        # NCCL does all of it, by whatever links there are.
+        "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+    return port
 
 
 # What follows runs in the session's process.
@@ -216,16 +277,19 @@ def serve(session: Session) -> Iterator[Report]:
     for name, run in ordered:
         # vLLM collects eight times an engine, over all that was ever imported.
         with mock.patch.object(gc, "collect"):
-            runs[name] = _run(run)
+            runs[name] = _run(run, session.ranks)
         # Clearing up may take longer than whoever waits has time for.
         yield Report(vllm.__version__, installed, runs)
         _clear_up()
+        if session.ranks > 1:
+            # The next engine's ranks may meet before the last one's meeting place is gone.
+            os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
 
 
-def _run(run: Run) -> RunReport:
+def _run(run: Run, ranks: int) -> RunReport:
     began = time.perf_counter()
     with _counted_ops(run.fault) as (ops, captured):
-        llm = start(run)
+        llm = start(run, ranks)
         layers = _attention_layers(llm)
         # What ran so far is warming up.
         ops.clear()
@@ -257,6 +321,7 @@ def _run(run: Run) -> RunReport:
         captured=dict(captured),
         graphs=llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name,
         replays=calls["replay"],
+        context_ranks=min(layer.impl.dcp_world_size for layer in layers),
         counters=counters(llm),
         start_s=round(started - began, 1),
         serve_s=round(serve_s, 1),
@@ -305,8 +370,8 @@ def _outputs(llm: Any, run: Run) -> Iterator[tuple[int, Any]]:
                     yield int(output.request_id.split("-")[1]), output
 
 
-def start(run: Run) -> Any:
-    """vLLM's LLM for a run, in this process."""
+def start(run: Run, ranks: int = 1) -> Any:
+    """vLLM's LLM for a run, in this process: one rank's of several."""
     from vllm import LLM
 
     os.environ["XFV1_OPS"] = run.ops
@@ -327,6 +392,13 @@ def start(run: Run) -> Any:
             "num_speculative_tokens": run.drafts,
             "prompt_lookup_max": 2,
             "prompt_lookup_min": 1,
+        }
+    if ranks > 1:
+        options |= {
+            "distributed_executor_backend": "external_launcher",
+            "tensor_parallel_size": ranks,
+            "decode_context_parallel_size": run.context_parallel,
+            "disable_custom_all_reduce": True,
         }
     with tempfile.TemporaryDirectory() as folder:
         return LLM(

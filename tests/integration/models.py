@@ -198,7 +198,10 @@ def draw(model: torch.nn.Module, weights: Weights) -> None:
                     # Gemma multiplies its tied embedding by the root of its width.
                     content *= weights.embedding * (columns**-0.5 if tied else 1.0)
                 if isinstance(module, QKVParallelLinear):
-                    content[: module.num_heads * module.head_size] *= weights.query_gain
+                    queries = content[: module.num_heads * module.head_size]
+                    queries *= weights.query_gain
+                    # All ranks draw the same, as keys that they share must be; their heads differ.
+                    queries.copy_(queries.roll(module.tp_rank, 1))
                 parameter.data.copy_(content)
     if tied:
         # The last norm makes the logits as large as they shall be; Gemma's weight is one less.

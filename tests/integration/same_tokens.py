@@ -2,11 +2,16 @@
 
     python -m tests.integration.same_tokens --json docs/results/h100-engine.json    # on a GPU
     python -m tests.integration.same_tokens --tiny                                  # on a CPU
+    python -m tests.integration.same_tokens --ranks 2                               # on two GPUs
 
 Four models' shapes, weights drawn, served by xfv1 and by vLLM's FLASH_ATTN (TRITON_ATTN for ALiBi,
 CPU_ATTN on a CPU): "plain" with chunked prefill and full CUDA graphs for decodes, "everything" with
 prefix caching and n-gram drafts too. That each of these happened is asked of what ran. A process
 for each backend and model, several at a time; results are written as they come.
+
+Of several ranks, each a process with a GPU and a share of the heads, xfv1's share the cache too
+(decode context parallelism), and vLLM's backend's each have all of it. The model is then Llama's
+with one KV head, as vLLM spreads a cache over ranks only where they would hold the same.
 """
 
 import argparse
@@ -52,7 +57,7 @@ def reference_backend(model: Model, *, cpu: bool) -> str:
     return "TRITON_ATTN" if model.config["model_type"] == "bloom" else "FLASH_ATTN"
 
 
-def session(name: str, model: Model, side: str, *, cpu: bool) -> Session:
+def session(name: str, model: Model, side: str, *, cpu: bool, ranks: int = 1) -> Session:
     """One model's runs by one backend: "plain", "everything", and what they are judged by."""
     own = side == "xfv1"
     backend = "CUSTOM" if own else reference_backend(model, cpu=cpu)
@@ -61,7 +66,7 @@ def session(name: str, model: Model, side: str, *, cpu: bool) -> Session:
         # CPU_ATTN takes no blocks of 16.
         block_size=32 if cpu else 16, max_model_len=1024, cached_tokens=1 << 14, graphs=not cpu,
         # vLLM's CPU platform offers one backend, which XFV1_CPU replaces.
-        backend="" if cpu else backend,
+        backend="" if cpu else backend, context_parallel=ranks if own else 1,
     )  # fmt: skip
     runs = {
         PLAIN: plain,
@@ -71,7 +76,7 @@ def session(name: str, model: Model, side: str, *, cpu: bool) -> Session:
         runs[JITTER] = dataclasses.replace(plain, graphs=False, jitter=1.0)
     elif name == FAULTY_MODEL:
         runs[FAULT] = dataclasses.replace(plain, graphs=False, fault=FAULT)
-    return Session(runs, {"XFV1_CPU": "1"} if cpu and own else {})
+    return Session(runs, {"XFV1_CPU": "1"} if cpu and own else {}, ranks)
 
 
 def unexercised(run: Run, report: RunReport, impl: str) -> list[str]:
@@ -85,6 +90,8 @@ def unexercised(run: Run, report: RunReport, impl: str) -> list[str]:
     checks = {
         f"{impl} in every layer: {set(report.impls)}": set(report.impls) == {impl}
         and len(report.impls) == run.model.num_layers,
+        f"cache over {run.context_parallel} ranks: {report.context_ranks}": report.context_ranks
+        == run.context_parallel,
         "steps outside of graphs": report.forwards > 0,
         f"full CUDA graphs: {report.graphs}, {report.replays} replays": not run.graphs
         or (report.graphs == "FULL_DECODE_ONLY" and report.replays > 0),
@@ -134,15 +141,17 @@ def facts(report: RunReport) -> dict[str, Any]:
 
 
 def measure(
-    names: list[str], folder: Path, *, small: bool, jobs: int, timeout: float
+    names: list[str], folder: Path, *, small: bool, jobs: int, timeout: float, ranks: int = 1
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each model's results, as they come: its runs, or why a process failed."""
     from vllm.platforms import current_platform
 
     cpu = current_platform.is_cpu()
     models = {name: tiny(MODELS[name]) if small else MODELS[name] for name in names}
+    if ranks > 1:
+        models = {name: model.sized(num_key_value_heads=1) for name, model in models.items()}
     sessions = {
-        (name, side): session(name, model, side, cpu=cpu)
+        (name, side): session(name, model, side, cpu=cpu, ranks=ranks)
         for name, model in models.items()
         for side in SIDES
     }
@@ -206,26 +215,32 @@ def problems(result: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="all, or of ranks the first")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs that share a cache")
     parser.add_argument("--tiny", action="store_true", help="narrow models, for a CPU")
     parser.add_argument("--jobs", type=int, default=JOBS, help="processes at a time")
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds for each")
     parser.add_argument("--json", type=Path, help="where results are written as they come")
     args = parser.parse_args()
+    names = args.models or [*MODELS][: 1 if args.ranks > 1 else None]
+    if args.ranks > 1 and names != [FAULTY_MODEL]:
+        parser.error(f"--models {' '.join(names)}: of several ranks, {FAULTY_MODEL} alone")
     from tests.harness.environment import prepare
 
     prepare()
     state: dict[str, Any] = {
         "environment": environment(),
         "method": " ".join((__doc__ or "").split()),
+        "ranks": args.ranks,
         "prompt_lengths": [len(ids) for ids in PROMPTS],
         "models": {},
     }
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(
-            args.models, Path(folder), small=args.tiny, jobs=args.jobs, timeout=args.timeout
-        )
+            names, Path(folder), small=args.tiny, jobs=args.jobs, timeout=args.timeout,
+            ranks=args.ranks,
+        )  # fmt: skip
         for name, result in measured:
             state["models"][name] = result
             if args.json:

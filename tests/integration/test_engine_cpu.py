@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.integration import agreement
-from tests.integration.engine import FAULTS, Process, Run, RunReport, Session
+from tests.integration.engine import FAULTS, Process, Run, RunReport, Session, SessionError
 from tests.integration.models import LLAMA as SERVED
 from tests.integration.models import prompt, tiny
 
@@ -88,13 +89,17 @@ def sessions() -> dict[str, Session]:
 Ran = Callable[[str], RunReport]
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Process]]:
-    """All sessions at once; a test waits for those it asks."""
+@pytest.fixture(scope="module", autouse=True)
+def cpu_build() -> None:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         pytest.skip("needs vLLM's build for CPUs")
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Process]]:
+    """All sessions at once; a test waits for those it asks."""
     folder = tmp_path_factory.mktemp("engine")
     started: dict[str, Process] = {}
     try:
@@ -205,3 +210,15 @@ def test_own_kernel_matches_cpu_attn(ran: Ran, run: str, reference: str) -> None
     report = ran(run)
     assert report.query_lens("triton", "decode") == {1}
     assert max(report.query_lens("triton", "prefill")) > 1
+
+
+def test_a_cache_over_ranks_is_refused_where_nothing_merges(tmp_path: Path) -> None:
+    """By both ranks' engines, before they serve."""
+    run = Run(LLAMA.sized(num_key_value_heads=1), PROMPTS, context_parallel=2)
+    process = Process(Session({"shared": run}, {"XFV1_CPU": "1"}, ranks=2), tmp_path)
+    try:
+        with pytest.raises(SessionError, match="decode_context_parallel_size=2: no merge without"):
+            process.report()
+    finally:
+        process.stop()
+    assert not process.so_far().runs

@@ -1,8 +1,10 @@
 """Does a real V1 engine on a GPU give, through xfv1, what it gives through vLLM's own backend?"""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.integration.models import MODELS
 from tests.integration.same_tokens import FAULT, FAULTY_MODEL, JOBS, TIMEOUT, measure, problems
@@ -31,3 +33,13 @@ def test_tokens_are_those_of_vllms_own_backend(results: Results, name: str) -> N
 def test_one_lost_key_changes_the_tokens(results: Results) -> None:
     fault = results[FAULTY_MODEL]["runs"][FAULT]
     assert fault["identical"] < fault["answers"] / 2
+
+
+def test_tokens_of_two_ranks_that_share_a_cache(tmp_path: Path) -> None:
+    """Decode context parallelism, over NCCL."""
+    if (found := torch.cuda.device_count()) < 2:
+        pytest.skip(f"needs two GPUs: {found} found")
+    measured = measure([FAULTY_MODEL], tmp_path, small=False, jobs=JOBS, timeout=TIMEOUT, ranks=2)
+    ((_, result),) = measured
+    assert problems(result) == []
+    assert len(result["runs"]) == 3

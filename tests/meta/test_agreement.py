@@ -29,6 +29,7 @@ def report(*tokens: list[int], margin: float = 1.0) -> RunReport:
         captured={"triton decode 3": 4},
         graphs="FULL_DECODE_ONLY",
         replays=1,
+        context_ranks=1,
         counters={
             "vllm:spec_decode_num_draft_tokens": 2,
             "vllm:spec_decode_num_accepted_tokens": 1,
@@ -119,6 +120,7 @@ def test_a_run_that_used_all_is_complete() -> None:
         ({"cached": [0] * 4}, "cached prefixes"),
         ({"counters": {"vllm:spec_decode_num_draft_tokens": 2}}, "drafts"),
         ({"prompts": [0, 1, 2, 2]}, "answer to every prompt"),
+        ({"context_ranks": 2}, "cache over 1 ranks"),
         ({"forwards": 0}, "steps outside of graphs"),
     ],
 )
