@@ -96,7 +96,8 @@ RULES: tuple[Rule, ...] = (
         dtypes=HALF,
         capability=HOPPER,
     ),
-    # Few queries of long requests: to gather their keys takes more than to attend to them.
+    # Few queries of long requests: to gather their keys takes more than to attend to them, 1194 us
+    # against the own kernel's 256 for 64 requests of 8 queries over 2048 keys.
     Rule(
         PREFILL,
         ("vllm_fa2", "triton", *VARLEN, "torch"),

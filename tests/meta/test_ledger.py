@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.ledger import LEDGER, LISTS, REQUIRED, Known, LedgerError, load_ledger
+from tests.harness.ledger import LEDGER, LISTS, OPTIONAL, REQUIRED, Known, LedgerError, load_ledger
 from tests.meta.runs import CASE, WRONG, run_suite
 
 BLIND = f"{WRONG}:NewestKeyLost"
@@ -37,6 +37,8 @@ def test_an_entry_reads_back(tmp_path: Path) -> None:
     entries = load_ledger(_written(tmp_path, ENTRY, ENTRY | {"versions": ["0.32.*", "0.33.*"]}))
     assert entries[0] == Known(**ENTRY | {"versions": ("*",), "devices": ("*",)})
     assert entries[1].versions == ("0.32.*", "0.33.*")
+    (optional,) = load_ledger(_written(tmp_path, ENTRY | {"unless": ["XFV1_OPS"]}))
+    assert optional.unless == ("XFV1_OPS",)
 
 
 def test_the_suites_own_ledger_loads() -> None:
@@ -51,7 +53,7 @@ def test_a_missing_field_is_named_with_its_entry(tmp_path: Path, field: str) -> 
         load_ledger(_written(tmp_path, ENTRY, broken))
 
 
-@pytest.mark.parametrize("field", REQUIRED)
+@pytest.mark.parametrize("field", REQUIRED + OPTIONAL)
 @pytest.mark.parametrize("value", ["", [], 3, True])
 def test_a_value_that_is_none_is_named_with_what_is_expected(
     tmp_path: Path, field: str, value: object
@@ -83,6 +85,15 @@ def test_patterns_are_a_shells() -> None:
     assert known.matches("test_output_matches_reference", "mixed_small-alibi-sinks")
     assert not known.matches("test_cache", "mixed_small-alibi-sinks")
     assert not known.matches("test_output_matches_reference", "mixed_small-sinks")
+
+
+def test_a_setting_voids_an_entry_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    lists = {"versions": ("*",), "devices": ("*",)}
+    always, unset = Known(**ENTRY | lists), Known(**ENTRY | lists | {"unless": ("XFV1_OPS",)})
+    for value, applies in (("", True), ("triton", False)):
+        monkeypatch.setenv("XFV1_OPS", value)
+        assert unset.applies(BLIND, "0.32.0", "cpu") == applies
+        assert always.applies(BLIND, "0.32.0", "cpu")
 
 
 def test_the_ledger_is_strict_both_ways(tmp_path: Path) -> None:
