@@ -69,7 +69,7 @@ TARGETS = (
     Target("xfv1.kernels.paged", (OWN,), (*_LSE, *_SPLITS), one_in=12),
     Target("xfv1.ops.xformers_splitk", (SPLITK,)),
     Target("xfv1.ops.xformers_base", (GATHERED, SPLITK), (_IMPL, _LSE[1]), one_in=8),
-    Target("xfv1.ops.gather", (GATHERED,), one_in=4),
+    Target("xfv1.ops.gather", (GATHERED,), ("tests/integration/test_gather.py",), one_in=4),
     Target("reference.lowprec", (LOWPREC,), ("tests/oracle/test_lowprec.py",), one_in=2),
 )
 _GPU = "a GPU's, or another vLLM's"

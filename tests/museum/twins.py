@@ -8,6 +8,7 @@ from reference.lowprec import attend_lowprec
 from tests.museum.faults import INF, MuseumImpl, Plain, PlainOp, exp_minus, pieces, unread, weigh
 from xfv1.ops.base import DECODE, ENCODER, Call, Layer, Op
 from xfv1.ops.gather import contiguous_bias, contiguous_kv
+from xfv1.ops.gather import pieces as pieces_of
 
 
 class _LowprecOp(PlainOp):
@@ -31,14 +32,19 @@ class _LowprecOp(PlainOp):
             )
 
 
-class _GatheredOp(PlainOp):
+class GatheredOp(PlainOp):
     """Prefills as xFormers' ops get them: keys by `contiguous_kv`, a mask by `contiguous_bias`."""
 
     def run(self, call: Call) -> None:
-        batch, layer = call.batch, call.layer
+        batch = call.batch
         if batch.phase == DECODE or not (batch.host_lens or batch.fresh or batch.phase == ENCODER):
             super().run(call)
             return
+        for piece in pieces_of(call):
+            self.answer(piece)
+
+    def answer(self, call: Call) -> None:
+        layer = call.layer
         key, value = (x.float() for x in contiguous_kv(call))
         rows = int(call.query_start_loc_cpu[-1])
         mask = contiguous_bias(call).materialize((rows, len(key)), dtype=torch.float32)
@@ -56,7 +62,7 @@ class _LowprecImpl(MuseumImpl):
 
 
 class _GatheredImpl(MuseumImpl):
-    op = _GatheredOp()
+    op = GatheredOp()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -2,13 +2,17 @@
 
 import itertools
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from xfv1.ops.base import ENCODER, Call
-from xfv1.ops.xformers_base import query_info
+from xfv1.ops.xformers_base import attend, query_info, shared
 
+# Bytes of keys and values to gather at a time: vLLM sets no memory aside for them.
+MAX_GATHERED = 256 * 2**20
 # Dtypes to copy bytes by.
 WORDS = {
     1: torch.uint8,
@@ -17,6 +21,71 @@ WORDS = {
     8: torch.int64,
     16: torch.complex128,
 }
+
+
+def attend_contiguous(call: Call, op: Any) -> None:
+    """One xFormers op over `contiguous_kv`."""
+    key, value = (shared(tensor, call.layer.group) for tensor in contiguous_kv(call))
+    attend(call, op, key, value, contiguous_bias(call))
+
+
+def pieces(call: Call) -> Iterator[Call]:
+    """The call in calls that each gather up to MAX_GATHERED bytes, or one request's keys.
+
+    Many requests that share a long start may see more keys together than the cache holds.
+    """
+    layer = call.layer
+    # In float32, for a moment, where a scale is applied.
+    itemsize = 4 if layer.quantized else layer.dtype.itemsize
+    most = MAX_GATHERED // (2 * layer.num_kv_heads * layer.head_size * itemsize)
+    plan = ("pieces", layer.sliding_window, most)
+    if plan not in call.plans:
+        fresh = call.batch.phase == ENCODER or call.batch.fresh
+        call.plans[plan] = [] if fresh else _pieces(call, most)
+    if len(call.plans[plan]) < 2:
+        yield call
+        return
+    for rows, facts in call.plans[plan]:
+        lse = None if call.lse is None else call.lse[rows]
+        yield replace(call, query=call.query[rows], out=call.out[rows], lse=lse, **facts)
+
+
+def _pieces(call: Call, most: int) -> list[tuple[slice, dict[str, Any]]]:
+    """Of requests that have up to `most` keys together: their tokens' rows, and what else of a call
+    is theirs."""
+    assert call.seq_lens_cpu is not None
+    counts = [end - first for first, end in _key_range(call)]
+    cuts, total = [0], 0
+    for request, count in enumerate(counts):
+        if total + count > most:
+            cuts.append(request)
+            total = 0
+        total += count
+    starts = call.query_start_loc_cpu.tolist()
+    found = []
+    for first, last in itertools.pairwise([*cuts, len(counts)]):
+        rows, requests = slice(starts[first], starts[last]), slice(first, last)
+        # Before a first request that is too long alone, or of requests without tokens.
+        if rows.start == rows.stop:
+            continue
+        bounds = slice(first, last + 1)
+        lens = [end - start for start, end in itertools.pairwise(starts[bounds])]
+        facts = {
+            "batch": replace(
+                call.batch,
+                num_reqs=last - first,
+                max_query_len=max(lens),
+                max_seq_len=int(call.seq_lens_cpu[requests].max()),
+            ),
+            "query_start_loc": call.query_start_loc[bounds] - rows.start,
+            "query_start_loc_cpu": call.query_start_loc_cpu[bounds] - rows.start,
+            "seq_lens": call.seq_lens[requests],
+            "seq_lens_cpu": call.seq_lens_cpu[requests],
+            "block_table": call.block_table[requests],
+            "plans": {},
+        }
+        found.append((rows, facts))
+    return found
 
 
 def contiguous_kv(call: Call) -> tuple[torch.Tensor, torch.Tensor]:

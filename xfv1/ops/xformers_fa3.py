@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from xfv1.ops.base import ENCODER, Batch, Call, Device, Layer, feature_reasons
-from xfv1.ops.gather import contiguous_bias, contiguous_kv
-from xfv1.ops.xformers_base import attend, dtype_reasons, installed_reasons, paged_inputs, shared
+from xfv1.ops.gather import attend_contiguous
+from xfv1.ops.xformers_base import attend, dtype_reasons, installed_reasons, paged_inputs
 
 
 class XFormersFA3:
@@ -39,9 +39,7 @@ class XFormersFA3:
 
         op: Any = flash3.FwOp
         if call.batch.phase == ENCODER or call.batch.fresh:
-            key, value = contiguous_kv(call)
-            group = call.layer.group
-            attend(call, op, shared(key, group), shared(value, group), contiguous_bias(call))
+            attend_contiguous(call, op)
         else:
             key, value, bias = paged_inputs(call)
             attend(call, op, key, value, bias)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from xfv1.ops.base import DECODE, Batch, Call, Device, Layer, feature_reasons
-from xfv1.ops.gather import contiguous_bias, contiguous_kv
-from xfv1.ops.xformers_base import attend, dtype_reasons, installed_reasons, shared
+from xfv1.ops.gather import attend_contiguous, pieces
+from xfv1.ops.xformers_base import dtype_reasons, installed_reasons
 
 
 class XFormersVarlen:
@@ -58,9 +58,8 @@ class XFormersVarlen:
 
     def run(self, call: Call) -> None:
         op: Any = importlib.import_module(f"xformers.ops.fmha.{self.module}").FwOp
-        key, value = contiguous_kv(call)
-        group = call.layer.group
-        attend(call, op, shared(key, group), shared(value, group), contiguous_bias(call))
+        for piece in pieces(call):
+            attend_contiguous(piece, op)
 
 
 HALF = (torch.float16, torch.bfloat16)
