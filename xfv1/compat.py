@@ -149,6 +149,14 @@ def vllm_has_triton() -> bool:
     return bool(HAS_TRITON)
 
 
+def speculates() -> bool:
+    """Whether the server that is being made verifies drafts."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.speculative_config is not None
+
+
 def shard_merge() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """vLLM's merge of the answers of a decode context parallel group's ranks, as configured.
 

@@ -85,6 +85,10 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
             kinds.append((context, {"host_lens": False, "lse": True}))
         for facts, kind in kinds:
             refused += dispatch.layer_reasons(facts, device, **kind)
+        if host_lens and not (encoder or sharded) and compat.speculates():
+            # Nor are, on the host, those of requests whose drafts are verified.
+            again = dispatch.layer_reasons(layer, device, host_lens=False)
+            refused += [reason for reason in again if reason not in refused]
         if refused:
             raise NotImplementedError("xfv1: " + "; ".join(refused))
         self._merge = compat.shard_merge() if sharded else None

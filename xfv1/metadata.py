@@ -107,6 +107,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
         self.is_cross = isinstance(kv_cache_spec, CrossAttentionSpec)
         self.is_encoder = isinstance(kv_cache_spec, EncoderOnlyAttentionSpec)
         self.debug = debug.enabled()
+        self.speculates = vllm_config.speculative_config is not None
         # Verification of drafts, 1 + num_speculative_tokens to a request, decodes too.
         self._init_reorder_batch_threshold(
             1, supports_spec_as_decode=True, supports_dcp_with_varlen=True
@@ -140,6 +141,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
         starts = common.query_start_loc_cpu[: num_reqs + 1]
         query_lens = np.diff(starts.numpy())
         lens = None if bound is None else bound.numpy()
+        unsure = self._unsure(common, query_lens, lens)
         whole = Phase(
             batch=Batch(
                 PREFILL if common.max_query_len > 1 else DECODE,
@@ -148,7 +150,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
                 max_seq_len=common.max_seq_len,
                 uniform=bool((query_lens == common.max_query_len).all()),
                 fresh=lens is not None and _is_fresh(query_lens, lens),
-                host_lens=bound is not None,
+                host_lens=unsure is None or not unsure.any(),
             ),
             rows=slice(0, common.num_actual_tokens),
             query_start_loc=common.query_start_loc[: num_reqs + 1],
@@ -161,7 +163,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
         # Most ops take no empty batch.
         if 0 not in (num_reqs, common.num_actual_tokens, common.max_query_len):
             decodes = _decodes(query_lens, self.reorder_batch_threshold or 1)
-            batches = _batches(whole.batch, query_lens, lens, decodes)
+            batches = _batches(whole.batch, query_lens, lens, unsure, decodes)
         metadata = XFormersMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
@@ -177,6 +179,25 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
         if batches and self.dcp_world_size > 1:
             metadata.parts = self._parts(whole, metadata.phases)
         return metadata
+
+    def _unsure(
+        self, common: CommonAttentionMetadata, query_lens: Lens, lens: Lens | None
+    ) -> npt.NDArray[np.bool_] | None:
+        """[num_reqs], of whose keys' number the host has no more than a bound; None if of nobody's.
+
+        Where drafts are verified, and steps are scheduled ahead, the host takes it that all drafts
+        of the step before were accepted.
+        """
+        if lens is None:
+            return np.ones(len(query_lens), dtype=np.bool_)
+        if not self.speculates:
+            return None
+        unsure = query_lens > 0
+        if common.is_prefilling is not None:
+            # A graph's padding may be left out.
+            prefilling = common.is_prefilling[: len(unsure)].numpy()
+            unsure[: len(prefilling)] &= ~prefilling
+        return unsure
 
     def _parts(self, whole: Phase, phases: list[Phase]) -> Parts:
         context_lens, query_lens = self._lens[:, : whole.batch.num_reqs]
@@ -232,7 +253,7 @@ def _with_table(phases: list[Phase], block_table: torch.Tensor) -> list[Phase]:
 
 
 def _host_lens(common: CommonAttentionMetadata) -> torch.Tensor | None:
-    """[num_reqs] int32 on the host: bounds on seq_lens, exact for prefills; None if not known.
+    """[num_reqs] int32 on the host: bounds on seq_lens, exact for prompts; None if not known.
 
     A draft model's proposer lengthens requests on the device and in max_seq_len alone (vLLM's
     extend_all_queries_by_N).
@@ -258,9 +279,15 @@ def _is_fresh(query_lens: Lens, lens: Lens) -> bool:
     return bool((lens <= query_lens).all())
 
 
-def _batches(whole: Batch, query_lens: Lens, lens: Lens | None, decodes: int) -> list[Batch]:
+def _batches(
+    whole: Batch,
+    query_lens: Lens,
+    lens: Lens | None,
+    unsure: npt.NDArray[np.bool_] | None,
+    decodes: int,
+) -> list[Batch]:
     """Decodes, then prefills, whichever there are. query_lens: [num_reqs]; lens: see `_is_fresh`,
-    None if not known."""
+    None if not known; unsure: see `_unsure`."""
     if decodes == 0:
         return [replace(whole, phase=PREFILL)]
     if decodes == whole.num_reqs:
@@ -275,7 +302,7 @@ def _batches(whole: Batch, query_lens: Lens, lens: Lens | None, decodes: int) ->
         # The decodes' longest, not the batch's: it sizes their splits.
         max_seq_len=whole.max_seq_len if lens is None else int(lens[:decodes].max()),
         uniform=bool((query_lens[:decodes] == query_len).all()),
-        host_lens=whole.host_lens,
+        host_lens=unsure is None or not unsure[:decodes].any(),
     )
     prefill = Batch(
         PREFILL,
@@ -284,7 +311,7 @@ def _batches(whole: Batch, query_lens: Lens, lens: Lens | None, decodes: int) ->
         max_seq_len=whole.max_seq_len,
         uniform=False,
         fresh=lens is not None and _is_fresh(query_lens[decodes:], lens[decodes:]),
-        host_lens=whole.host_lens,
+        host_lens=unsure is None or not unsure[decodes:].any(),
     )
     return [decode, prefill]
 

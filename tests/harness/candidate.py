@@ -340,26 +340,33 @@ def common_metadata(inputs: AttnInputs) -> Any:
     own = starts_cpu[1:] - starts_cpu[:-1] if cross else lengths_cpu
     # A graph's batch counts its padding as tokens, any other does not.
     rows = inputs.query.shape[0] if case.pad_reqs else case.num_tokens
+    query_lens = starts_cpu[1:] - starts_cpu[:-1]
     positions = [
-        torch.arange(int(k) - int(q), int(k))
-        for q, k in zip(starts_cpu[1:] - starts_cpu[:-1], own, strict=True)
+        torch.arange(int(k) - int(q), int(k)) for q, k in zip(query_lens, own, strict=True)
     ]
+    prefilling, bound = query_lens > 1, own
+    if case.drafts:
+        # How many drafts of the step before were accepted only the device knows by now: the host
+        # takes it that all were.
+        prefilling = (query_lens > 1 + case.drafts) | (query_lens == own)
+        rejected = torch.arange(len(own), dtype=own.dtype).flip(0) % (1 + case.drafts)
+        bound = torch.where(prefilling | (query_lens == 0), own, own + rejected)
     fields: dict[str, Any] = {
         "query_start_loc": inputs.query_start_loc,
         "query_start_loc_cpu": starts_cpu,
         # The batch's own tensor: a captured graph reads what is written to it later.
         "seq_lens": own.to(inputs.seq_lens.device) if cross else inputs.seq_lens,
-        "_seq_lens_cpu": own,
-        "seq_lens_cpu_upper_bound": own,
+        "_seq_lens_cpu": None if case.drafts else own,
+        "seq_lens_cpu_upper_bound": bound,
         "num_reqs": inputs.num_reqs,
         "num_actual_tokens": rows,
         "max_query_len": max(case.query_lens),
-        "max_seq_len": int(own.max()),
+        "max_seq_len": int(bound.max()),
         "block_table_tensor": inputs.block_table,
         "slot_mapping": inputs.slot_mapping[:rows],
         "causal": case.attention != "noncausal",
         "positions": torch.cat(positions).to(inputs.seq_lens.device),
-        "is_prefilling": (starts_cpu[1:] - starts_cpu[:-1]) > 1,
+        "is_prefilling": prefilling,
     }
     if cross:
         fields["encoder_seq_lens"] = inputs.seq_lens

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from xfv1 import dispatch
+from xfv1 import compat, dispatch
 from xfv1.dispatch import OPS, RULES, NoOp, Rule, UnknownOp, choose, layer_reasons, order_of
 from xfv1.ops import vllm_fa
 from xfv1.ops.base import DECODE, ENCODER, PHASES, PREFILL, Batch, Device, Layer
@@ -393,10 +393,11 @@ def test_layers_alike_but_for_whose_keys_they_read_choose_each_their_own_op(
 @pytest.mark.parametrize(
     ("attn_type", "causal", "block_size", "encoder", "host_lens"),
     [
-        ("decoder", True, 16, False, True),
-        ("encoder_only", False, 0, True, True),
-        ("encoder", False, 0, True, True),
-        ("encoder_decoder", False, 16, False, False),
+        ("decoder", True, 16, False, [True]),
+        ("encoder_only", False, 0, True, [True]),
+        ("encoder", False, 0, True, [True]),
+        ("encoder_decoder", False, 16, False, [False]),
+        ("drafting decoder", True, 16, False, [True, False]),
     ],
 )
 def test_a_layer_is_asked_about_for_what_it_is(
@@ -405,10 +406,10 @@ def test_a_layer_is_asked_about_for_what_it_is(
     causal: bool,
     block_size: int,
     encoder: bool,
-    host_lens: bool,
+    host_lens: list[bool],
 ) -> None:
     """When it is made: what no op serves is refused there, and cross attention's lengths are
-    known on the device alone."""
+    known on the device alone, as are at times those of verified drafts."""
     from xfv1.impl import XFormersImpl
 
     asked: list[tuple[Layer, dict[str, Any]]] = []
@@ -418,7 +419,24 @@ def test_a_layer_is_asked_about_for_what_it_is(
         return []
 
     monkeypatch.setattr(dispatch, "layer_reasons", record)
-    XFormersImpl(8, 64, 0.125, 2, attn_type=attn_type)
-    ((layer, kind),) = asked
-    assert (layer.causal, layer.block_size) == (causal, block_size)
-    assert kind == {"encoder": encoder, "host_lens": host_lens, "lse": False}
+    monkeypatch.setattr(compat, "speculates", lambda: attn_type.startswith("drafting"))
+    XFormersImpl(8, 64, 0.125, 2, attn_type=attn_type.removeprefix("drafting "))
+    for layer, kind in asked:
+        assert (layer.causal, layer.block_size) == (causal, block_size)
+        assert kind.pop("encoder", False) == encoder
+        assert not kind.pop("lse", False)
+    assert [kind for _, kind in asked] == [{"host_lens": known} for known in host_lens]
+
+
+def test_a_drafting_servers_layer_is_refused_once_for_what_nobody_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from xfv1.impl import XFormersImpl
+
+    def refuse(layer: Layer, device: Device, *, host_lens: bool = True, **kind: Any) -> list[str]:
+        return ["neither"] if host_lens else ["neither", "only so"]
+
+    monkeypatch.setattr(dispatch, "layer_reasons", refuse)
+    monkeypatch.setattr(compat, "speculates", lambda: True)
+    with pytest.raises(NotImplementedError, match=r"^xfv1: neither; only so$"):
+        XFormersImpl(8, 64, 0.125, 2)

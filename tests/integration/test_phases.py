@@ -1,7 +1,7 @@
 """Does the builder say of each phase of a batch what is so? Ops on a GPU go by all of it."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -78,11 +78,15 @@ def check_phase(phase: Phase, split: Split, inputs: AttnInputs, requests: slice,
     if case.attention != "cross":
         assert phase.seq_lens.tolist() == keys
     assert (batch.phase, batch.num_reqs, batch.max_query_len) == (kind, last - first, max(lens))
-    # On the host are a decoder's lengths, not an encoder's.
+    # On the host are a decoder's lengths, not an encoder's; of verified drafts, bounds.
     known = case.attention != "cross"
-    assert batch.host_lens == known
+    verified = case.drafts and any(
+        0 < n <= 1 + case.drafts and n < k for n, k in zip(lens, keys, strict=True)
+    )
+    assert batch.host_lens == (known and not verified)
     assert (phase.seq_lens_cpu is None) != known
-    assert phase.seq_lens_cpu is None or phase.seq_lens_cpu.tolist() == keys
+    bounds = common_metadata(inputs).seq_lens_cpu_upper_bound.tolist()[requests]
+    assert phase.seq_lens_cpu is None or phase.seq_lens_cpu.tolist() == bounds
     assert batch.fresh == (known and all(k <= q for q, k in zip(lens, keys, strict=True)))
     uniform = len(set(lens)) == 1
     # Of prefills beside decodes nobody asks, and it is not said.
@@ -128,6 +132,55 @@ def test_keys_are_bounded_by_the_phases_own_longest_where_that_is_known(split: S
         if phase.batch.phase == DECODE and phase.seq_lens_cpu is not None:
             own = max(phase.seq_lens_cpu.tolist())
         assert phase.batch.max_seq_len == own
+
+
+@pytest.mark.parametrize(
+    ("prefilling", "known"),
+    [
+        (None, False),
+        ([False, True, True, True], False),
+        ([True, True, True, True], True),
+        # vLLM leaves out a graph's padding, which has no tokens.
+        ([True, True, True, True, False], True),
+        ([True, True, True], False),
+    ],
+)
+def test_where_drafts_are_verified_only_prompts_lengths_are_known(
+    prefilling: list[bool] | None, known: bool
+) -> None:
+    """vLLM's is_prefilling says whose; without drafts all are."""
+    case = AttnCase(query_lens=(9, 3, 7, 12, 0), seq_lens=(19, 33, 17, 12, 7))
+    inputs = build_inputs(case, CPU)
+    builder = drive(XFormersAttentionBackend, case, CPU).builder
+    flags = None if prefilling is None else torch.tensor(prefilling)
+    common = replace(common_metadata(inputs), is_prefilling=flags)
+    for speculates, expected_known in ((False, True), (True, known)):
+        builder.speculates = speculates
+        metadata = builder.build(0, common)
+        batches = [phase.batch for phase in (metadata.whole, *metadata.phases)]
+        assert {batch.host_lens for batch in batches} == {expected_known}
+
+
+@pytest.mark.parametrize(
+    ("prefilling", "known"),
+    [
+        ([True, True, False, False], [True, False]),
+        ([True, False, True, True], [False, True]),
+        ([False, True, True, True], [False, True]),
+        ([True, True, True, False], [True, False]),
+    ],
+)
+def test_each_phase_knows_its_own_requests_lengths(
+    prefilling: list[bool], known: list[bool]
+) -> None:
+    case = AttnCase(query_lens=(1, 1, 4, 2), seq_lens=(19, 33, 17, 12))
+    inputs = build_inputs(case, CPU)
+    builder = drive(XFormersAttentionBackend, case, CPU).builder
+    builder.speculates = True
+    common = replace(common_metadata(inputs), is_prefilling=torch.tensor(prefilling))
+    metadata = builder.build(0, common)
+    assert [phase.batch.host_lens for phase in metadata.phases] == known
+    assert not metadata.whole.batch.host_lens
 
 
 @pytest.mark.parametrize(("scenario", "longest"), [("small_decode", 1), ("spec_uniform5", 5)])

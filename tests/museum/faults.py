@@ -587,6 +587,16 @@ class MaskLongerThanKeys(PlainOp):
         return super().seen(dataclasses.replace(piece, length=count), count)
 
 
+@plant("vLLM #29134", lambda case: case.drafts > 0 and case.attention == "decoder")
+class HostsLengthsTaken(PlainOp):
+    """Where drafts are verified, requests have the keys that the host supposes: those of rejected
+    drafts too."""
+
+    def prepare(self, call: Call) -> Call:
+        known = call.seq_lens_cpu
+        return call if known is None else dataclasses.replace(call, seq_lens=known)
+
+
 # Extreme logits and empty states.
 
 

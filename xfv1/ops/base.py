@@ -93,7 +93,7 @@ class Call:
     head_size], this step's own. key_cache, value_cache: [num_blocks, block_size, num_kv_heads,
     head_size] views, None for an encoder. query_start_loc: [num_reqs + 1], seq_lens: [num_reqs],
     block_table: [num_reqs, max_blocks], all int32 on the device; *_cpu: the same on the host,
-    seq_lens_cpu an upper bound that is exact for prefills, or None. k_scale, v_scale: float32
+    seq_lens_cpu an upper bound, exact if batch.host_lens, or None. k_scale, v_scale: float32
     device tensors of one element. lse: [num_tokens, num_heads] float32 to fill, or None.
     plans: kept for all layers of one step, so that what depends on the batch alone is made once.
     """
