@@ -151,10 +151,23 @@ def vllm_has_triton() -> bool:
 
 def speculates() -> bool:
     """Whether the server that is being made verifies drafts."""
+    config = _served()
+    return config is not None and config.speculative_config is not None
+
+
+def model_reasons() -> list[str]:
+    """Why not, for what a model asks of every layer and vLLM (to 0.29 at least) of no backend."""
+    config = _served()
+    model = None if config is None else config.model_config
+    window = getattr(model, "rswa_window", None)
+    return [] if window is None else [f"rswa_window={window}: no windows beside a whole prompt"]
+
+
+def _served() -> Any:
+    """The VllmConfig of the server that is being made, if one is."""
     from vllm.config import get_current_vllm_config_or_none
 
-    config = get_current_vllm_config_or_none()
-    return config is not None and config.speculative_config is not None
+    return get_current_vllm_config_or_none()
 
 
 def shard_merge() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

@@ -79,7 +79,7 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         kinds: list[tuple[Layer, dict[str, bool]]] = [
             (layer, {"encoder": encoder or sharded, "host_lens": host_lens, "lse": sharded})
         ]
-        refused = self._parallel_reasons(sharded)
+        refused = compat.model_reasons() + self._parallel_reasons(sharded)
         if sharded:
             context = self._layer(dtype, 16, False, self.dcp_world_size)
             kinds.append((context, {"host_lens": False, "lse": True}))

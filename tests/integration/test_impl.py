@@ -1,6 +1,7 @@
 """Does the impl tell its ops what the layer is, and run each phase once, by the op for it?"""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -201,3 +202,33 @@ def test_a_profiling_run_gives_zeros() -> None:
 def test_no_cap_is_spelt_both_ways() -> None:
     assert XFormersImpl(8, 64, 0.125, logits_soft_cap=0.0).logits_soft_cap is None
     assert XFormersImpl(8, 64, 0.125).num_kv_heads == 8
+
+
+@pytest.mark.parametrize(("config", "drafts"), [(None, False), ({}, False), ({"drafts": 2}, True)])
+def test_drafts_are_the_servers(
+    monkeypatch: pytest.MonkeyPatch, config: dict[str, Any] | None, drafts: bool
+) -> None:
+    made = None if config is None else SimpleNamespace(speculative_config=config or None)
+    monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: made)
+    assert compat.speculates() == drafts
+
+
+@pytest.mark.parametrize(
+    "model", [SimpleNamespace(rswa_window=None), SimpleNamespace(), None], ids=repr
+)
+def test_a_model_without_windows_beside_its_prompt_is_served(
+    monkeypatch: pytest.MonkeyPatch, model: SimpleNamespace | None
+) -> None:
+    made = SimpleNamespace(model_config=model, speculative_config=None)
+    for config in (made, None):
+        monkeypatch.setattr(compat, "_served", lambda config=config: config)
+        XFormersImpl(8, 64, 0.125, 2)
+
+
+def test_windows_beside_a_whole_prompt_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM 0.26 to 0.29 ask no backend whether it knows them, and a layer does not say."""
+    model = SimpleNamespace(rswa_window=64)
+    made = SimpleNamespace(model_config=model, speculative_config=None)
+    monkeypatch.setattr(compat, "_served", lambda: made)
+    with pytest.raises(NotImplementedError, match="rswa_window=64"):
+        XFormersImpl(8, 64, 0.125, 2)

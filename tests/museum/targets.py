@@ -43,7 +43,11 @@ class Target:
 
 
 _DEBUG = "tests/integration/test_debug.py::test_what_is_wrong_is_named_before_an_op_runs"
-_COMPAT = ("tests/integration/test_version.py", "tests/integration/test_write_kv.py")
+_COMPAT = (
+    "tests/integration/test_version.py",
+    "tests/integration/test_write_kv.py",
+    "tests/integration/test_impl.py",
+)
 _METADATA = ("tests/integration/test_phases.py", "tests/integration/test_metadata.py", _DEBUG)
 _DISPATCH = "tests/integration/test_dispatch.py"
 _IMPL = "tests/integration/test_impl.py"
