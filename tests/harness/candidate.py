@@ -348,7 +348,7 @@ def common_metadata(inputs: AttnInputs) -> Any:
     if case.drafts:
         # How many drafts of the step before were accepted only the device knows by now: the host
         # takes it that all were.
-        prefilling = (query_lens > 1 + case.drafts) | (query_lens == own)
+        prefilling = (query_lens > 1 + case.drafts) | ((query_lens == own) & (own > 0))
         rejected = torch.arange(len(own), dtype=own.dtype).flip(0) % (1 + case.drafts)
         bound = torch.where(prefilling | (query_lens == 0), own, own + rejected)
     fields: dict[str, Any] = {
