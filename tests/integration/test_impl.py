@@ -222,7 +222,8 @@ def test_a_model_without_windows_beside_its_prompt_is_served(
     made = SimpleNamespace(model_config=model, speculative_config=None)
     for config in (made, None):
         monkeypatch.setattr(compat, "_served", lambda config=config: config)
-        XFormersImpl(8, 64, 0.125, 2)
+        assert compat.model_reasons() == []
+        assert XFormersImpl(8, 64, 0.125, 2).head_size == 64
 
 
 def test_windows_beside_a_whole_prompt_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
