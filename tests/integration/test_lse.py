@@ -103,6 +103,21 @@ def test_a_query_that_sees_no_key_gives_zeros(
     assert torch.allclose(call.lse, lse, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["xformers_splitk", "vllm_fa3", "vllm_fa2"])
+def test_a_query_that_sees_no_key_weighs_nothing(name: str, device: torch.device) -> None:
+    """Merged with the keys of another rank, of which it may have none here."""
+    call = whole_call(build_inputs(AttnCase(scenario="small_decode"), device))
+    if reasons := OPS[name].not_supported_reasons(call.layer, call.batch, device_of(device.type)):
+        pytest.skip(f"{name}: {'; '.join(reasons)}")
+    call.seq_lens = call.seq_lens.clone()
+    call.seq_lens[1] = 0
+    OPS[name].run(call)
+    assert call.lse is not None
+    empty = torch.arange(len(call.lse), device=device) == 1
+    assert torch.equal(call.lse == float("-inf"), empty[:, None].expand_as(call.lse))
+    assert call.out.isfinite().all()
+
+
 def test_kernels_give_it_in_the_interpreter(device: torch.device, tmp_path: Path) -> None:
     if device.type == "cuda":
         pytest.skip("the GPU runs them")

@@ -48,6 +48,9 @@ class VllmFlashAttention:
             reasons.append("takes sinks in bfloat16 only")
         if layer.head_size % 8 or layer.head_size > 256:
             reasons.append(f"head size {layer.head_size}: multiples of 8 to 256")
+        if self.version == 2 and batch.max_query_len == 1 and not batch.uniform:
+            # One query to a request it takes as a row to a request.
+            reasons.append("no request without a token among decodes")
         if batch.phase != ENCODER and layer.block_size % 16:
             reasons.append(f"block size {layer.block_size}: a multiple of 16")
         return reasons
@@ -88,7 +91,9 @@ class VllmFlashAttention:
             **keys,
         )
         if call.lse is not None:
-            call.lse.copy_(result[1].transpose(0, 1)[: call.lse.shape[0]])
+            lse = result[1].transpose(0, 1)[: call.lse.shape[0]]
+            # FlashAttention 2 marks a query that sees no key by plus infinity.
+            call.lse.copy_(lse.masked_fill(lse == float("inf"), float("-inf")))
 
 
 def _schedule(call: Call, window: list[int]) -> torch.Tensor | None:
