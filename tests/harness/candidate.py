@@ -336,11 +336,11 @@ def common_metadata(inputs: AttnInputs) -> Any:
     starts_cpu = inputs.query_start_loc.cpu()
     lengths_cpu = inputs.seq_lens.cpu()
     cross = case.attention == "cross"
+    query_lens = starts_cpu[1:] - starts_cpu[:-1]
     # A decoder's own lengths; for cross attention the first step, before anything is cached.
-    own = starts_cpu[1:] - starts_cpu[:-1] if cross else lengths_cpu
+    own = query_lens if cross else lengths_cpu
     # A graph's batch counts its padding as tokens, any other does not.
     rows = inputs.query.shape[0] if case.pad_reqs else case.num_tokens
-    query_lens = starts_cpu[1:] - starts_cpu[:-1]
     positions = [
         torch.arange(int(k) - int(q), int(k)) for q, k in zip(query_lens, own, strict=True)
     ]

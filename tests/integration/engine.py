@@ -197,26 +197,23 @@ class Process:
             codes = self._codes()
         for rank, code in enumerate(codes):
             # Where none failed and time is up, it may be clearing up.
-            through = code == 0 or any(codes) or self._so_far(rank).runs.keys() == self._names
+            through = code == 0 or any(codes) or self.so_far(rank).runs.keys() == self._names
             if code or not through:
                 outcome = f"ended with {code}" if code else f"not through after {timeout} s"
                 text = self._logs[rank].read_text(errors="replace")
                 raise SessionError(f"rank {rank} {outcome}: {text[-4000:]}")
         first = self.so_far()
         for rank in range(1, len(self._processes)):
-            for name, run in self._so_far(rank).runs.items():
+            for name, run in self.so_far(rank).runs.items():
                 if run.tokens != first.runs[name].tokens:
                     raise SessionError(f"{name}: rank {rank} answered otherwise than the first")
         return first
 
-    def so_far(self) -> Report:
-        """The runs that are through, as the first rank has them."""
-        return self._so_far(0)
-
     def _codes(self) -> list[int | None]:
         return [process.poll() for process in self._processes]
 
-    def _so_far(self, rank: int) -> Report:
+    def so_far(self, rank: int = 0) -> Report:
+        """The runs that are through, as a rank has them."""
         if not self._reports[rank].exists():
             return Report("", False, {})
         content = json.loads(self._reports[rank].read_text())

@@ -216,14 +216,16 @@ def problems(result: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, help="all, or of ranks the first")
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, help=f"all, or of ranks {FAULTY_MODEL}"
+    )
     parser.add_argument("--ranks", type=int, default=1, help="GPUs that share a cache")
     parser.add_argument("--tiny", action="store_true", help="narrow models, for a CPU")
     parser.add_argument("--jobs", type=int, default=JOBS, help="processes at a time")
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds for each")
     parser.add_argument("--json", type=Path, help="where results are written as they come")
     args = parser.parse_args()
-    names = args.models or [*MODELS][: 1 if args.ranks > 1 else None]
+    names = args.models or ([FAULTY_MODEL] if args.ranks > 1 else [*MODELS])
     if args.ranks > 1 and names != [FAULTY_MODEL]:
         parser.error(f"--models {' '.join(names)}: of several ranks, {FAULTY_MODEL} alone")
     from tests.harness.environment import prepare

@@ -41,20 +41,23 @@ def pieces(call: Call) -> Iterator[Call]:
     plan = ("pieces", layer.sliding_window, most)
     if plan not in call.plans:
         fresh = call.batch.phase == ENCODER or call.batch.fresh
-        call.plans[plan] = [] if fresh else _pieces(call, most)
-    if len(call.plans[plan]) < 2:
+        call.plans[plan] = None if fresh else _pieces(call, most)
+    found = call.plans[plan]
+    if found is None:
         yield call
         return
-    for rows, facts in call.plans[plan]:
+    for rows, facts in found:
         lse = None if call.lse is None else call.lse[rows]
         yield replace(call, query=call.query[rows], out=call.out[rows], lse=lse, **facts)
 
 
-def _pieces(call: Call, most: int) -> list[tuple[slice, dict[str, Any]]]:
+def _pieces(call: Call, most: int) -> list[tuple[slice, dict[str, Any]]] | None:
     """Of requests that have up to `most` keys together: their tokens' rows, and what else of a call
-    is theirs."""
+    is theirs. None where all have no more."""
     assert call.seq_lens_cpu is not None
     counts = [end - first for first, end in _key_range(call)]
+    if sum(counts) <= most:
+        return None
     cuts, total = [0], 0
     for request, count in enumerate(counts):
         if total + count > most:

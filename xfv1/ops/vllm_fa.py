@@ -91,9 +91,10 @@ class VllmFlashAttention:
             **keys,
         )
         if call.lse is not None:
-            lse = result[1].transpose(0, 1)[: call.lse.shape[0]]
-            # FlashAttention 2 marks a query that sees no key by plus infinity.
-            call.lse.copy_(lse.masked_fill(lse == float("inf"), float("-inf")))
+            call.lse.copy_(result[1].transpose(0, 1)[: call.lse.shape[0]])
+            if self.version == 2:
+                # It marks a query that sees no key by plus infinity.
+                call.lse.masked_fill_(call.lse == float("inf"), float("-inf"))
 
 
 def _schedule(call: Call, window: list[int]) -> torch.Tensor | None:
