@@ -84,6 +84,11 @@ class Batch:
     lse: bool = False
     host_lens: bool = True
 
+    @property
+    def own_keys(self) -> bool:
+        """Whether all keys are those of the step's own tokens."""
+        return self.phase == ENCODER or self.fresh
+
 
 @dataclass
 class Call:

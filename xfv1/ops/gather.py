@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from xfv1.ops.base import ENCODER, Call
+from xfv1.ops.base import Call
 from xfv1.ops.xformers_base import attend, query_info, shared
 
 # Bytes of keys and values to gather at a time: vLLM sets no memory aside for them.
@@ -40,8 +40,7 @@ def pieces(call: Call) -> Iterator[Call]:
     most = MAX_GATHERED // (2 * layer.num_kv_heads * layer.head_size * itemsize)
     plan = ("pieces", layer.sliding_window, most)
     if plan not in call.plans:
-        fresh = call.batch.phase == ENCODER or call.batch.fresh
-        call.plans[plan] = None if fresh else _pieces(call, most)
+        call.plans[plan] = None if call.batch.own_keys else _pieces(call, most)
     found = call.plans[plan]
     if found is None:
         yield call
@@ -97,7 +96,7 @@ def contiguous_kv(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     What a request's queries may see in the cache is gathered by indices made once a step; their
     number is known on the host, for the length of a prefill is, so nothing waits for the device.
     """
-    if call.batch.phase == ENCODER or call.batch.fresh:
+    if call.batch.own_keys:
         assert call.key is not None and call.value is not None
         rows = int(call.query_start_loc_cpu[-1])
         return call.key[:rows], call.value[:rows]
@@ -127,7 +126,7 @@ def contiguous_bias(call: Call) -> Any:
     from xformers.ops.fmha import attn_bias
 
     window = call.layer.sliding_window
-    fresh = call.batch.phase == ENCODER or call.batch.fresh
+    fresh = call.batch.own_keys
     plan = ("contiguous_bias", call.layer.causal, window, fresh)
     if plan not in call.plans:
         queries = query_info(call)

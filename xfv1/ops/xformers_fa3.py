@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from xfv1.ops.base import ENCODER, Batch, Call, Device, Layer, feature_reasons
+from xfv1.ops.base import Batch, Call, Device, Layer, feature_reasons
 from xfv1.ops.gather import attend_contiguous
 from xfv1.ops.xformers_base import attend, dtype_reasons, installed_reasons, paged_inputs
 
@@ -27,7 +27,7 @@ class XFormersFA3:
             reasons.append(f"head size {layer.head_size}: multiples of 8 from 32 to 256")
         if not layer.causal and layer.sliding_window is not None:
             reasons.append("no windows without causality")
-        paged = batch.phase != ENCODER and not batch.fresh
+        paged = not batch.own_keys
         if paged and layer.sliding_window is not None:
             reasons.append("no sliding windows over the paged cache")
         if paged and not batch.token_major:
@@ -38,7 +38,7 @@ class XFormersFA3:
         from xformers.ops.fmha import flash3
 
         op: Any = flash3.FwOp
-        if call.batch.phase == ENCODER or call.batch.fresh:
+        if call.batch.own_keys:
             attend_contiguous(call, op)
         else:
             key, value, bias = paged_inputs(call)
