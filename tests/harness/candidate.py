@@ -113,6 +113,8 @@ class Driver:
     def metadata_to_capture(self, inputs: AttnInputs) -> Any:
         """The backend's metadata for a uniform batch whose step is captured in a CUDA graph.
 
+        Its longest request is said to be the model's longest, as the graph must serve that too.
+
         Raises:
             Refused: where the builder says that vLLM must not capture such a batch.
         """
@@ -127,8 +129,11 @@ class Driver:
         support = self.builder.get_cudagraph_support(self.config, self.builder.kv_cache_spec)
         if support.value < least.value:
             raise Refused([f"CUDA graphs: {support.name}"])
+        common = common_metadata(inputs)
+        common.max_seq_len = self.config.model_config.max_model_len
+        common.is_prefilling = torch.zeros_like(common.is_prefilling)
         with _vllm_config(self.config):
-            return self.builder.build_for_cudagraph_capture(common_metadata(inputs))
+            return self.builder.build_for_cudagraph_capture(common)
 
     def update_cache(self, inputs: AttnInputs, cache: torch.Tensor) -> None:
         """Write the batch's keys and values, where the backend leaves that to vLLM's layer."""
@@ -548,5 +553,7 @@ def vllm_config(
         cache_config=cache,
         parallel_config=parallel,
         speculative_config=speculative,
-        compilation_config=CompilationConfig(cudagraph_mode=CUDAGraphMode.NONE),
+        # Some builders keep what a graph reads only where they are told of graphs. vLLM itself
+        # takes this back where there are none.
+        compilation_config=CompilationConfig(cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY),
     )

@@ -1,7 +1,8 @@
 """Does each way in which vLLM asks for a step's metadata give what building it anew gives?
 
 gpu_model_runner updates the block table where cache groups differ in nothing else, and builds for
-a graph's capture what the graph then reads at every replay; the proposers build for drafting.
+a graph's capture; the proposers build for drafting. What a graph then reads at every replay is
+asked of all candidates, in tests/conformance.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import torch
 
 from fixtures.cases import AttnCase
 from fixtures.inputs import build_inputs
+from fixtures.transforms import as_captured
 from tests.harness.candidate import common_metadata, drive
 from tests.harness.compare import check_against_reference
 from tests.harness.report import Recorder
@@ -128,40 +130,12 @@ def test_a_draft_models_longer_requests_are_not_taken_for_whole_prompts(
 
 
 @pytest.mark.parametrize("name", ["decodes", "padded", "verification"])
-def test_metadata_of_a_capture_serves_later_batches(
-    name: str, device: torch.device, record: Recorder
-) -> None:
-    """Captured with whole prompts of the queries' length, as vLLM's dummy batch has them; at a
-    replay nothing but the buffers that it was built over has changed."""
+def test_a_capture_is_of_decodes_with_context(name: str, device: torch.device) -> None:
+    """vLLM's dummy batch has none: keys of the step alone would do for it, and for no other."""
     case, _ = STEPS[name]
-    inputs = build_inputs(case, device)
     driver = drive(XFormersAttentionBackend, case, device)
-    common = common_metadata(inputs)
-    buffers = {
-        field: getattr(common, field).clone()
-        for field in ("query_start_loc", "seq_lens", "block_table_tensor", "slot_mapping")
-    }
-    query_len = common.max_query_len
-    whole = torch.full_like(common.seq_lens_cpu_upper_bound, query_len)
-    starts = torch.arange(common.num_reqs + 1, dtype=torch.int32) * query_len
-    captured = dataclasses.replace(
-        common,
-        **buffers,
-        query_start_loc_cpu=starts,
-        seq_lens_cpu_upper_bound=whole,
-        num_actual_tokens=int(starts[-1]),
-        max_seq_len=1024,
-    )
-    captured.seq_lens.copy_(whole)
-    captured.query_start_loc.copy_(starts)
-    captured.block_table_tensor.zero_()
-    captured.slot_mapping.fill_(-1)
-    metadata = driver.builder.build_for_cudagraph_capture(captured)
+    metadata = driver.metadata_to_capture(as_captured(build_inputs(case, device)))
     (phase,) = metadata.phases
     assert phase.batch.phase == DECODE
-    # Keys of the step alone would do for the dummy batch, and for no other.
     assert not phase.batch.fresh
-    assert phase.batch.max_seq_len == captured.max_seq_len
-    for field, buffer in buffers.items():
-        buffer.copy_(getattr(common, field))
-    check_against_reference(inputs, driver.step(inputs.copied(device), metadata), record)
+    assert phase.batch.max_seq_len == driver.config.model_config.max_model_len

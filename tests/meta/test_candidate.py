@@ -7,6 +7,7 @@ import torch
 
 from fixtures.cases import AttnCase
 from fixtures.inputs import build_inputs
+from fixtures.transforms import as_captured
 from tests.harness.candidate import Driver, Refused, drive
 from xfv1.backend import XFormersAttentionBackend
 
@@ -40,8 +41,12 @@ def test_batches_are_captured_as_far_as_the_builder_says(
     driver = driven(sample, support, monkeypatch)
     given: list[Any] = []
     monkeypatch.setattr(driver.builder, "build_for_cudagraph_capture", given.append)
-    driver.metadata_to_capture(build_inputs(sample, CPU))
-    assert [common.max_query_len for common in given] == [1 + sample.drafts]
+    driver.metadata_to_capture(as_captured(build_inputs(sample, CPU)))
+    (common,) = given
+    assert common.max_query_len == 1 + sample.drafts
+    # A graph serves requests as long as the model takes.
+    assert common.max_seq_len == driver.config.model_config.max_model_len
+    assert not common.is_prefilling.any()
 
 
 @pytest.mark.parametrize(

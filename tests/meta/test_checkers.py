@@ -25,6 +25,7 @@ from fixtures.strategies import (
 )
 from fixtures.tables import work
 from fixtures.transforms import (
+    as_captured,
     first_tokens,
     later_tokens,
     permute_blocks,
@@ -491,6 +492,27 @@ def test_shortened_requests_attend_to_what_is_left(name: str) -> None:
         )
         attended = attend(request.query, key, value, **semantics(inputs))
         _same(answer[request.rows], attended.output)
+
+
+def test_a_dummy_batch_is_uniform_and_writes_nowhere() -> None:
+    """In the batch's own tensors, padding's request like the others; what is left are rows past
+    the tokens."""
+    inputs = build_inputs(AttnCase(query_lens=(2, 2), seq_lens=(21, 30), pad_reqs=1, pad_tokens=3))
+    dummy = as_captured(inputs)
+    assert (dummy.case.query_lens, dummy.case.seq_lens) == ((2, 2, 2), (2, 2, 2))
+    assert (dummy.case.pad_reqs, dummy.case.pad_tokens) == (0, 1)
+    assert dummy.query_start_loc.tolist() == [0, 2, 4, 6]
+    assert dummy.seq_lens.tolist() == [2, 2, 2]
+    assert not dummy.block_table.any()
+    assert (dummy.slot_mapping == -1).all()
+    for name in ("query_start_loc", "seq_lens", "block_table", "slot_mapping"):
+        assert getattr(dummy, name) is getattr(inputs, name)
+
+
+def test_a_batch_without_rows_for_its_padding_is_not_captured() -> None:
+    inputs = build_inputs(AttnCase(query_lens=(2, 2), seq_lens=(21, 30), pad_reqs=1, pad_tokens=1))
+    with pytest.raises(ValueError, match="rows=5: expected 2 to each of 3 requests"):
+        as_captured(inputs)
 
 
 # Drawn cases.

@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import AttentionLayer
 from fixtures.cases import AttnCase
 from xfv1.backend import XFormersAttentionBackend
 from xfv1.impl import XFormersImpl
-from xfv1.metadata import Phase, XFormersMetadata
+from xfv1.metadata import Phase, XFormersMetadata, XFormersMetadataBuilder
 from xfv1.ops.base import DECODE, Batch, Call, Layer, Op
 from xfv1.ops.torch_cpu import TorchCpu
 
@@ -1195,3 +1195,53 @@ class GatheredKeysKeptByBlocks(RememberingImpl):
     def remembered(self, phase: Phase) -> Phase:
         phase.plans["gathered"] = self.kept
         return phase
+
+
+def captured(case: AttnCase) -> bool:
+    return case.kind == "decode" and case.attention == "decoder" and min(case.seq_lens) > 1
+
+
+class LensBuilder(XFormersMetadataBuilder):
+    """A builder that tells a step's lengths in a tensor of its own."""
+
+    def build(self, *args: Any, **kwargs: Any) -> XFormersMetadata:
+        metadata = super().build(*args, **kwargs)
+        lens = self.lens(metadata)
+        metadata.whole = dataclasses.replace(metadata.whole, seq_lens=lens)
+        return metadata
+
+    def lens(self, metadata: XFormersMetadata) -> torch.Tensor:
+        """[num_reqs] int32."""
+        return metadata.whole.seq_lens.clone()
+
+
+@plant("vLLM #42444", captured, "model of a plan: the lengths that a step's metadata is built with")
+class PlannedBeforeCapture(Plain):
+    """The keys to visit are planned before a graph is captured, and never again."""
+
+    @staticmethod
+    def get_builder_cls() -> type[XFormersMetadataBuilder]:
+        return LensBuilder
+
+
+class TwoKernelsBuilder(LensBuilder):
+    """A builder that tells lengths in one of two tensors, which stay where they are."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kept = torch.zeros(2, 1024, dtype=torch.int32, device=self.device)
+
+    def lens(self, metadata: XFormersMetadata) -> torch.Tensor:
+        lens = self.kept[int(metadata.max_seq_len > 32768), : metadata.whole.batch.num_reqs]
+        lens.copy_(metadata.whole.seq_lens)
+        return lens
+
+
+@plant("vLLM #27114", captured, "model of two kernels: each has its own tensor of lengths")
+class KernelChosenByLongest(Plain):
+    """One kernel serves requests to 32,768 keys, another longer ones. A graph is captured with the
+    other, as its requests could grow so long, and steps prepare what the first one reads."""
+
+    @staticmethod
+    def get_builder_cls() -> type[XFormersMetadataBuilder]:
+        return TwoKernelsBuilder

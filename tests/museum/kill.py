@@ -53,6 +53,7 @@ KINDS: dict[str, Callable[..., None]] = {
     "order": test_invariance.test_requests_in_another_order_get_their_own_answers,
     "alone": test_invariance.test_a_request_alone_gets_the_same_answer,
     "two_steps": test_invariance.test_tokens_in_two_steps_get_the_same_answers,
+    "captured": test_invariance.test_a_captured_graph_replays_like_eager,
     "addressing": test_addressing.test_blocks_past_two_to_the_31_elements_are_read_and_written,
 }
 # Cases a fault is tried with before it counts as one that survives.
