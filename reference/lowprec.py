@@ -23,11 +23,13 @@ def attend_lowprec(
     alibi_sqrt: bool = False,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    probabilities: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.attend` with a kernel's roundings; all arguments as there.
 
     Args:
-        query, key, value: of one float dtype, which is also that of the probabilities.
+        query, key, value: of one float dtype.
+        probabilities: what these are rounded to, where it is not that dtype.
 
     Returns:
         output [num_queries, num_heads, head_size] in query's dtype, and lse
@@ -62,7 +64,7 @@ def attend_lowprec(
     total = weights.sum(dim=-1)
     if sinks is not None:
         total = total + torch.exp(sink - top)[..., 0]
-    summed = torch.einsum("hqk,khd->qhd", weights.to(dtype).float(), v)
+    summed = torch.einsum("hqk,khd->qhd", weights.to(probabilities or dtype).float(), v)
     output = summed / total.transpose(0, 1).clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     lse = (total.log() + top[..., 0]).transpose(0, 1)
     return output.to(dtype), lse

@@ -17,6 +17,8 @@ does to them (`reference.lowprec` is one) is a handful of roundings, each with a
    element of k and v more.
 5. fp16 has probabilities below its smallest normal: an absolute error of half a subnormal step.
    What float32 itself has below its smallest normal, a GPU may flush to zero.
+6. Where the layer quantizes the query for the backend, the kernel multiplies in float8, which its
+   probabilities are rounded to (2); 2**-10 of the row's largest weight is then half a step (5).
 
 The bound is 6 standard deviations: no matrix run here draws the 1e9 elements it takes to see one
 beyond. All of it is first-order, and a factor above what honest kernels show (see
@@ -118,6 +120,7 @@ def attention_budget(
     dtype: torch.dtype,
     softcap: float | None = None,
     quantized: bool = False,
+    operands: torch.dtype | None = None,
 ) -> Budget:
     """The budget of one request.
 
@@ -127,10 +130,12 @@ def attention_budget(
             head_size], as the reference was given them.
         dtype: the model's dtype, in which kernels hold operands and probabilities.
         quantized: whether the cache is fp8.
+        operands: the dtype that kernels multiply in, where it is not the model's.
     """
     u = unit_roundoff(dtype)
+    held = operands or dtype
     # float32 kernels keep probabilities in float32, with an exponential's few roundings.
-    u_p = u if dtype != torch.float32 else LOGIT_ROUNDINGS * U32
+    u_p = unit_roundoff(held) if held != torch.float32 else LOGIT_ROUNDINGS * U32
     num_kv_heads, head_size = key.shape[1:]
     group = query.shape[1] // num_kv_heads
     p = attended.probabilities
@@ -155,8 +160,13 @@ def attention_budget(
         # Independent over head_size elements; a planted query is no larger than three of them.
         logit_error = logit_error + UNIFORM * u * (3.0 / head_size) ** 0.5 * scale * norms
 
-    subnormal = smallest_step(dtype)
-    noise = p.square() * (UNIFORM * u_p) ** 2 + (UNIFORM * subnormal) ** 2 * seen
+    # [num_heads, num_queries, 1]
+    subnormal = torch.full_like(p[..., :1], smallest_step(held))
+    if held != dtype:
+        # A sink's weight, which has no key, may be the largest.
+        rest = 1.0 - p.sum(dim=-1, keepdim=True)
+        subnormal *= torch.maximum(p.amax(dim=-1, keepdim=True), rest)
+    noise = p.square() * (UNIFORM * u_p) ** 2 + (UNIFORM * subnormal).square() * seen
     weight = p.square() * ((UNIFORM * u_p) ** 2 + logit_error.square())
     if quantized:
         weight += p.square() * (UNIFORM * u) ** 2
@@ -167,7 +177,7 @@ def attention_budget(
 
     largest = v.abs().amax(dim=0).repeat_interleave(group, dim=0)
     count = seen.sum(dim=-1).transpose(0, 1).double()
-    floor = SIGMAS * subnormal * count.sqrt()[..., None] * (1.0 + largest[None])
+    floor = SIGMAS * subnormal.transpose(0, 1) * count.sqrt()[..., None] * (1.0 + largest[None])
     output = SIGMAS * variance.sqrt() + 1.01 * u * o.abs() + floor
 
     lse_error = SIGMAS * (p * logit_error).sum(dim=-1).transpose(0, 1)

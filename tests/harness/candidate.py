@@ -338,8 +338,9 @@ def common_metadata(inputs: AttnInputs) -> Any:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     case = inputs.case
-    starts_cpu = inputs.query_start_loc.cpu()
-    lengths_cpu = inputs.seq_lens.cpu()
+    # The host's own, whatever is written to the batch's tensors later.
+    starts_cpu = inputs.query_start_loc.to("cpu", copy=True)
+    lengths_cpu = inputs.seq_lens.to("cpu", copy=True)
     cross = case.attention == "cross"
     query_lens = starts_cpu[1:] - starts_cpu[:-1]
     # A decoder's own lengths; for cross attention the first step, before anything is cached.
@@ -449,7 +450,8 @@ def _layer(
         )
 
     config.compilation_config.static_forward_context.clear()
-    with _default_dtype(TORCH_DTYPES[case.dtype]):
+    # As vLLM's loader makes a model: what an impl keeps beside its parameters is there too.
+    with _default_dtype(TORCH_DTYPES[case.dtype]), device:
         layer = make("model.layers.0.self_attn.attn")
         if case.kv_sharing:
             layer = make("model.layers.1.self_attn.attn", layer.layer_name)

@@ -126,7 +126,8 @@ def expected(inputs: AttnInputs, query: torch.Tensor | None = None) -> Expected:
     """What the reference says of these inputs.
 
     Args:
-        query: in place of the inputs' own, for a candidate whose layer quantizes it first.
+        query: in place of the inputs' own, for a candidate whose layer quantizes it first, to
+            multiply in the cache's dtype.
     """
     case = inputs.case
     dtype = TORCH_DTYPES[case.dtype]
@@ -150,6 +151,7 @@ def expected(inputs: AttnInputs, query: torch.Tensor | None = None) -> Expected:
             dtype=dtype,
             softcap=case.softcap,
             quantized=case.kv_dtype != "auto",
+            operands=None if query is None else TORCH_DTYPES[case.kv_dtype],
         )
         output[request.rows], bound[request.rows] = attended.output, budget.output
         lse[request.rows], lse_budget[request.rows] = attended.lse, budget.lse

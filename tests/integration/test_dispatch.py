@@ -233,6 +233,31 @@ def test_setting_gives_the_order(
     assert list(order_of(PLAIN, batch, device)) == re.findall(r"\w+", setting)
 
 
+@pytest.mark.parametrize(
+    ("features", "batch", "lse", "refused"),
+    [
+        ({}, PREFILLS, False, ""),
+        ({"sliding_window": 512}, PREFILLS, False, "no windows"),
+        ({"sliding_window": 512}, DECODES, False, "no windows"),
+        # Its own keys are all there.
+        ({"sliding_window": 512}, ENCODERS, False, ""),
+        ({}, DECODES, True, "no LSE"),
+        ({}, ENCODERS, True, ""),
+        ({"alibi": True}, PREFILLS, False, ""),
+        ({"alibi": True}, ENCODERS, False, ""),
+        ({"alibi": True}, ENCODERS, True, "no LSE with ALiBi"),
+    ],
+)
+def test_what_flash_attention_2_leaves_out(
+    features: dict[str, Any], batch: Batch, lse: bool, refused: str
+) -> None:
+    """Seen on an H100: NaN of blocks before a window, an LSE of none or of other logits."""
+    layer = dataclasses.replace(PLAIN, **features)
+    given = dataclasses.replace(batch, lse=lse)
+    reasons = OPS["vllm_fa2"].not_supported_reasons(layer, given, AMPERE)
+    assert [reason.partition(":")[0] for reason in reasons] == ([refused] if refused else [])
+
+
 def test_setting_is_heeded_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("triton", "vllm_fa2", "triton"):
         only(monkeypatch, name)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fixtures.cases import DTYPES, AttnCase
-from fixtures.inputs import TORCH_DTYPES, build_inputs
+from fixtures.inputs import Q_SCALE, TORCH_DTYPES, AttnInputs, build_inputs
 from reference.lowprec import attend_lowprec
 from tests.harness.oracle import expected, requests, semantics, written_cache
 from tests.harness.perturb import worst_share
@@ -83,6 +83,49 @@ def test_an_honest_kernel_is_inside_the_budget(name: str, dtype: str) -> None:
     assert output < 1
     assert lse < 1
     assert scale < 0.6
+
+
+FP8 = [name for name in CASES if CASES[name].logits != "extreme"]
+
+
+def _in_float8(inputs: AttnInputs, query: torch.Tensor) -> torch.Tensor:
+    """What a kernel that multiplies in float8 answers."""
+    output = torch.zeros_like(inputs.query[: inputs.case.num_tokens])
+    fp8 = TORCH_DTYPES[inputs.case.kv_dtype]
+    for request in requests(inputs, written_cache(inputs)[0]):
+        operands = query[request.rows].float(), request.key.float(), request.value.float()
+        attended = attend_lowprec(*operands, **semantics(inputs), probabilities=fp8)
+        output[request.rows] = attended[0].to(output.dtype)
+    return output
+
+
+@functools.cache
+def _fp8_shares(name: str, kv_dtype: str) -> tuple[float, float]:
+    """As `_shares`, of the output and the summed error: the layer quantizes the query."""
+    inputs = build_inputs(CASES[name].replace(dtype="bf16", kv_dtype=kv_dtype))
+    query = (inputs.query.float() / Q_SCALE).to(TORCH_DTYPES[kv_dtype]).float() * Q_SCALE
+    truth, output = expected(inputs, query), _in_float8(inputs, query)
+    return worst_share(output, truth.output, truth.budget), truth.scale_share(output)
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("name", FP8)
+def test_an_honest_kernel_in_float8_is_inside_the_budget(name: str, kv_dtype: str) -> None:
+    output, scale = _fp8_shares(name, kv_dtype)
+    assert output < 1
+    assert scale < 1
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "fp8_e5m2"])
+def test_the_budget_of_float8_is_no_looser_than_it_need_be(kv_dtype: str) -> None:
+    assert max(_fp8_shares(name, kv_dtype)[0] for name in FP8) > FLOOR["bf16"]
+
+
+def test_float8_has_a_budget_of_its_own() -> None:
+    """Probabilities in float8 are no honest kernel's, but where the query is quantized too."""
+    inputs = build_inputs(CASES["prefill"].replace(dtype="bf16", kv_dtype="fp8_e4m3"))
+    truth = expected(inputs)
+    assert worst_share(_in_float8(inputs, inputs.query), truth.output, truth.budget) > 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -44,13 +44,12 @@ class VllmFlashAttention:
         reasons += dtype_reasons(layer, torch.float16, torch.bfloat16)
         more = ("alibi",) if self.version == 2 else ("sinks",)
         reasons += feature_reasons(layer, "sliding_window", "softcap", "noncausal", *more)
+        if self.version == 2:
+            reasons += _fa2_reasons(layer, batch)
         if layer.sinks and layer.dtype != torch.bfloat16:
             reasons.append("takes sinks in bfloat16 only")
         if layer.head_size % 8 or layer.head_size > 256:
             reasons.append(f"head size {layer.head_size}: multiples of 8 to 256")
-        if self.version == 2 and batch.max_query_len == 1 and not batch.uniform:
-            # One query to a request it takes as a row to a request.
-            reasons.append("no request without a token among decodes")
         if batch.phase != ENCODER and layer.block_size % 16:
             reasons.append(f"block size {layer.block_size}: a multiple of 16")
         return reasons
@@ -92,9 +91,23 @@ class VllmFlashAttention:
         )
         if call.lse is not None:
             call.lse.copy_(result[1].transpose(0, 1)[: call.lse.shape[0]])
-            if self.version == 2:
-                # It marks a query that sees no key by plus infinity.
-                call.lse.masked_fill_(call.lse == float("inf"), float("-inf"))
+
+
+def _fa2_reasons(layer: Layer, batch: Batch) -> list[str]:
+    """What FlashAttention 2 leaves out, most of it over the paged cache; seen on an H100."""
+    reasons = []
+    if batch.lse and layer.alibi:
+        reasons.append("no LSE with ALiBi: it leaves out a part that is the same for all keys")
+    if batch.phase == ENCODER:
+        return reasons
+    if layer.sliding_window is not None:
+        reasons.append("no windows: NaN in the blocks before them reaches its output")
+    if batch.lse:
+        reasons.append("no LSE: it leaves out those of queries that see no key")
+    if batch.max_query_len == 1 and not batch.uniform:
+        # One query to a request it takes as a row to a request.
+        reasons.append("no request without a token among decodes")
+    return reasons
 
 
 def _schedule(call: Call, window: list[int]) -> torch.Tensor | None:
