@@ -223,13 +223,12 @@ def check(outputs: dict[int, torch.Tensor], work: Work) -> float:
 
 
 def config_as_served(case: AttnCase) -> Any:
-    """The harness' VllmConfig with what serving sets: graphs of decodes, many requests."""
+    """The harness' VllmConfig with the graphs that serving has."""
     from vllm.config import CUDAGraphMode
 
     from tests.harness import candidate
 
     config = copy.deepcopy(candidate.config_of(case))
-    config.scheduler_config.max_num_seqs = 512
     compilation = config.compilation_config
     compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     compilation.cudagraph_capture_sizes = GRAPH_SIZES

@@ -130,14 +130,20 @@ def test_a_captured_graph_replays_like_eager(
         _refill(static, batch, output)
         # vLLM builds metadata anew at every step; what a graph reads is refreshed in place.
         driver.metadata(static)
-        replay()
+        quantized = replay()
         if cuda:
             torch.cuda.synchronize(device)
-        done = Outcome(output.to(batch.device), static.storage.to(batch.device))
+        to = batch.device
+        query = None if quantized is None else quantized.to(to)
+        done = Outcome(output.to(to), static.storage.to(to), query)
         check_against_reference(batch, done, record)
 
 
-def _captured(driver: Driver, static: AttnInputs, output: torch.Tensor) -> Callable[[], None]:
+# A step that can be taken again; what it returns is the query, if the layer quantized it.
+Replay = Callable[[], torch.Tensor | None]
+
+
+def _captured(driver: Driver, static: AttnInputs, output: torch.Tensor) -> Replay:
     """A CUDA graph's replay of the driver's step; eager steps come first, as in vLLM."""
     dummy = as_captured(static)
     warm = driver.metadata(dummy)
@@ -148,21 +154,26 @@ def _captured(driver: Driver, static: AttnInputs, output: torch.Tensor) -> Calla
     metadata = driver.metadata_to_capture(dummy)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        _step(driver, static, output, metadata)
-    return graph.replay
+        quantized = _step(driver, static, output, metadata)
+
+    def replay() -> torch.Tensor | None:
+        graph.replay()
+        return quantized
+
+    return replay
 
 
-def _built_to_capture(
-    driver: Driver, static: AttnInputs, output: torch.Tensor
-) -> Callable[[], None]:
+def _built_to_capture(driver: Driver, static: AttnInputs, output: torch.Tensor) -> Replay:
     """The driver's step, its metadata built for a capture."""
     metadata = driver.metadata_to_capture(as_captured(static))
     return functools.partial(_step, driver, static, output, metadata)
 
 
-def _step(driver: Driver, static: AttnInputs, output: torch.Tensor, metadata: Any) -> None:
+def _step(
+    driver: Driver, static: AttnInputs, output: torch.Tensor, metadata: Any
+) -> torch.Tensor | None:
     driver.update_cache(static, static.cache)
-    driver.forward(static, static.cache, metadata, output)
+    return driver.forward(static, static.cache, metadata, output)
 
 
 def _refill(static: AttnInputs, batch: AttnInputs, output: torch.Tensor) -> None:

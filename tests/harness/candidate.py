@@ -36,6 +36,10 @@ XFV1 = "xfv1.backend:XFormersAttentionBackend"
 UNTOUCHED = {1: 0x7D, 2: 0x7FDB, 4: 0x7FDBDBDB}
 
 
+# Requests, and tokens of a graph: no case has more decodes.
+MAX_CAPTURED = 512
+
+
 class CandidateError(Exception):
     """--candidate names nothing that can be tested; the message says why."""
 
@@ -550,12 +554,16 @@ def vllm_config(
             target_model_config=model,
             target_parallel_config=parallel,
         )
-    return VllmConfig(
+    config = VllmConfig(
         model_config=model,
         cache_config=cache,
         parallel_config=parallel,
         speculative_config=speculative,
         # Some builders keep what a graph reads only where they are told of graphs. vLLM itself
         # takes this back where there are none.
-        compilation_config=CompilationConfig(cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY),
+        compilation_config=CompilationConfig(
+            cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY, max_cudagraph_capture_size=MAX_CAPTURED
+        ),
     )
+    config.scheduler_config.max_num_seqs = MAX_CAPTURED
+    return config

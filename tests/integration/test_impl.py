@@ -1,7 +1,6 @@
 """Does the impl tell its ops what the layer is, and run each phase once, by the op for it?"""
 
 import dataclasses
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +17,6 @@ from xfv1.backend import XFormersAttentionBackend
 from xfv1.impl import XFormersImpl
 from xfv1.ops.base import Batch, Call, Device, Layer
 from xfv1.ops.torch_cpu import TorchCpu
-from xfv1.ops.vllm_fa import VllmFlashAttention
 from xfv1.ops.xformers_base import packed_lse, pages_info, query_info
 
 pytestmark = pytest.mark.cpu
@@ -191,22 +189,6 @@ def test_the_lse_is_found_where_each_op_leaves_it() -> None:
         own = slice(starts[request], starts[request + 1])
         padded[request, :, :, :query_len] = by_head[:, :, own]
     assert torch.equal(packed_lse(call, padded, packed=False), lse)
-
-
-def test_a_query_without_keys_has_an_lse_of_minus_infinity(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """FlashAttention 2 says plus infinity."""
-    call = whole_call(build_inputs(AttnCase(scenario="small_decode"), CPU))
-    assert call.lse is not None
-    given = torch.randn(call.lse.shape[1], call.lse.shape[0])
-    given[1, 0], given[0, 1] = float("inf"), float("-inf")
-    vllm_flash_attn = SimpleNamespace(flash_attn_varlen_func=lambda **asked: (asked["out"], given))
-    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", vllm_flash_attn)
-    VllmFlashAttention(2).run(call)
-    expected = given.t().clone()
-    expected[0, 1] = float("-inf")
-    assert torch.equal(call.lse, expected)
 
 
 def test_a_profiling_run_gives_zeros() -> None:

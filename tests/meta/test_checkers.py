@@ -494,6 +494,14 @@ def test_shortened_requests_attend_to_what_is_left(name: str) -> None:
         _same(answer[request.rows], attended.output)
 
 
+def test_a_request_that_is_no_shorter_keeps_another_layers_keys() -> None:
+    """Nobody writes them again."""
+    inputs = build_inputs(AttnCase(query_lens=(1, 1), seq_lens=(1, 21), kv_sharing=True))
+    shorter = shorten(inputs)
+    assert shorter.case.seq_lens == (1, 14)
+    _same(expected(shorter).output[:1], expected(inputs).output[:1])
+
+
 def test_a_dummy_batch_is_uniform_and_writes_nowhere() -> None:
     """In the batch's own tensors, padding's request like the others; what is left are rows past
     the tokens."""

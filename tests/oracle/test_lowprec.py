@@ -156,6 +156,18 @@ def test_lowprec_of_a_query_that_sees_no_key_is_zero(dtype: str) -> None:
     assert lse[0].item() == 2.0
 
 
+@pytest.mark.parametrize(
+    ("probabilities", "rounded"), [(None, True), (torch.float16, True), (torch.float32, False)]
+)
+def test_lowprec_rounds_probabilities(probabilities: torch.dtype | None, rounded: bool) -> None:
+    """1 and 1/e, beside values that cancel to the last bit only where 1/e is fp16's."""
+    query = torch.ones(1, 1, 1, dtype=torch.float16)
+    key = torch.tensor([0.0, -1.0]).half()[:, None, None]
+    value = torch.tensor([-torch.tensor(-1.0).exp().half(), 1.0]).half()[:, None, None]
+    output, _ = attend_lowprec(query, key, value, scale=1.0, probabilities=probabilities)
+    assert bool(output.item() == 0.0) == rounded
+
+
 def test_lowprec_rounds() -> None:
     """fp16 of 1/3 + 1/3 of 1 + 2 + 0: the probabilities' rounding is in the output's last bits."""
     query = torch.zeros(1, 1, 1, dtype=torch.float16)
