@@ -286,11 +286,6 @@ def check_against_whole(output: torch.Tensor, inputs: AttnInputs) -> None:
     assert share <= 1, f"{share} of the budget"
 
 
-# Interpreted, kernels take the logarithm of 0 and subtract infinities in numpy, which says so.
-interpretable = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-@interpretable
 @pytest.mark.usefixtures("vllm_triton")
 @pytest.mark.parametrize(("sample", "ranks", "interleave", "ops"), RUNS)
 def test_ranks_answer_as_one(
@@ -311,7 +306,6 @@ def test_ranks_answer_as_one(
     check_against_whole(output, inputs)
 
 
-@interpretable
 @pytest.mark.usefixtures("vllm_triton")
 def test_ranks_may_exchange_all_to_all(
     parallel: Callable[..., Group], monkeypatch: pytest.MonkeyPatch, device: torch.device

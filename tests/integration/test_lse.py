@@ -22,12 +22,7 @@ from xfv1.dispatch import OPS
 from xfv1.ops.base import Call, Op, device_of
 
 # On a GPU they are asked of all ops.
-pytestmark = [
-    pytest.mark.cpu,
-    pytest.mark.gpu,
-    # NumPy, which interprets Triton, warns where a GPU gives an infinity.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = [pytest.mark.cpu, pytest.mark.gpu]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Multiplications that Triton's interpreter does in about a second.
