@@ -146,8 +146,10 @@ Replay = Callable[[], torch.Tensor | None]
 def _captured(driver: Driver, static: AttnInputs, output: torch.Tensor) -> Replay:
     """A CUDA graph's replay of the driver's step; eager steps come first, as in vLLM."""
     dummy = as_captured(static)
-    warm = driver.metadata(dummy)
-    with torch.cuda.stream(torch.cuda.Stream(static.device)):
+    warm = driver.metadata(dummy, dummy=True)
+    stream = torch.cuda.Stream(static.device)
+    stream.wait_stream(torch.cuda.current_stream(static.device))
+    with torch.cuda.stream(stream):
         for _ in range(2):
             _step(driver, static, output, warm)
     torch.cuda.synchronize(static.device)

@@ -18,7 +18,9 @@ does to them (`reference.lowprec` is one) is a handful of roundings, each with a
 5. fp16 has probabilities below its smallest normal: an absolute error of half a subnormal step.
    What float32 itself has below its smallest normal, a GPU may flush to zero.
 6. Where the layer quantizes the query for the backend, the kernel multiplies in float8, which its
-   probabilities are rounded to (2); 2**-10 of the row's largest weight is then half a step (5).
+   probabilities are rounded to (2) before they are divided by their exact sum. Those near zero
+   are off by at most themselves, and at most half that type's smallest step beside a largest
+   weight of 1: in e4m3 2**-10.
 
 The bound is 6 standard deviations: no matrix run here draws the 1e9 elements it takes to see one
 beyond. All of it is first-order, and a factor above what honest kernels show (see
@@ -160,14 +162,16 @@ def attention_budget(
         # Independent over head_size elements; a planted query is no larger than three of them.
         logit_error = logit_error + UNIFORM * u * (3.0 / head_size) ** 0.5 * scale * norms
 
-    # [num_heads, num_queries, 1]
-    subnormal = torch.full_like(p[..., :1], smallest_step(held))
+    subnormal = smallest_step(dtype)
+    noise = p.square() * (UNIFORM * u_p) ** 2 + (UNIFORM * subnormal) ** 2 * seen
+    weight = p.square() * ((UNIFORM * u_p) ** 2 + logit_error.square())
     if held != dtype:
         # A sink's weight, which has no key, may be the largest.
         rest = 1.0 - p.sum(dim=-1, keepdim=True)
-        subnormal *= torch.maximum(p.amax(dim=-1, keepdim=True), rest)
-    noise = p.square() * (UNIFORM * u_p) ** 2 + (UNIFORM * subnormal).square() * seen
-    weight = p.square() * ((UNIFORM * u_p) ** 2 + logit_error.square())
+        largest_weight = torch.maximum(p.amax(dim=-1, keepdim=True), rest)
+        lost = torch.minimum(p, smallest_step(held) * largest_weight).square()
+        noise += lost
+        weight += lost
     if quantized:
         weight += p.square() * (UNIFORM * u) ** 2
     o = attended.output
@@ -177,7 +181,7 @@ def attention_budget(
 
     largest = v.abs().amax(dim=0).repeat_interleave(group, dim=0)
     count = seen.sum(dim=-1).transpose(0, 1).double()
-    floor = SIGMAS * subnormal.transpose(0, 1) * count.sqrt()[..., None] * (1.0 + largest[None])
+    floor = SIGMAS * subnormal * count.sqrt()[..., None] * (1.0 + largest[None])
     output = SIGMAS * variance.sqrt() + 1.01 * u * o.abs() + floor
 
     lse_error = SIGMAS * (p * logit_error).sum(dim=-1).transpose(0, 1)

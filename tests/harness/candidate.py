@@ -34,8 +34,6 @@ from tests.harness.environment import register_models
 XFV1 = "xfv1.backend:XFormersAttentionBackend"
 # A NaN with a payload of its own: an output row nobody may write keeps these very bits.
 UNTOUCHED = {1: 0x7D, 2: 0x7FDB, 4: 0x7FDBDBDB}
-
-
 # Requests, and tokens of a graph: no case has more decodes.
 MAX_CAPTURED = 512
 
@@ -107,11 +105,11 @@ class Driver:
     layer: Any = field(repr=False)
     builder: Any = field(repr=False)
 
-    def metadata(self, inputs: AttnInputs) -> Any:
-        """The backend's metadata for a batch."""
+    def metadata(self, inputs: AttnInputs, dummy: bool = False) -> Any:
+        """The backend's metadata for a batch. dummy: see `common_metadata`."""
         with _vllm_config(self.config):
             return self.builder.build(
-                common_prefix_len=0, common_attn_metadata=common_metadata(inputs)
+                common_prefix_len=0, common_attn_metadata=common_metadata(inputs, dummy)
             )
 
     def metadata_to_capture(self, inputs: AttnInputs) -> Any:
@@ -133,9 +131,8 @@ class Driver:
         support = self.builder.get_cudagraph_support(self.config, self.builder.kv_cache_spec)
         if support.value < least.value:
             raise Refused([f"CUDA graphs: {support.name}"])
-        common = common_metadata(inputs)
+        common = common_metadata(inputs, dummy=True)
         common.max_seq_len = self.config.model_config.max_model_len
-        common.is_prefilling = torch.zeros_like(common.is_prefilling)
         with _vllm_config(self.config):
             return self.builder.build_for_cudagraph_capture(common)
 
@@ -337,8 +334,11 @@ def attn_type(case: AttnCase) -> str:
     return kinds[case.attention]
 
 
-def common_metadata(inputs: AttnInputs) -> Any:
-    """The batch as vLLM's model runner describes it to every backend."""
+def common_metadata(inputs: AttnInputs, dummy: bool = False) -> Any:
+    """The batch as vLLM's model runner describes it to every backend.
+
+    dummy: it is vLLM's own, which has no prompts.
+    """
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     case = inputs.case
@@ -361,6 +361,8 @@ def common_metadata(inputs: AttnInputs) -> Any:
         prefilling = (query_lens > 1 + case.drafts) | ((query_lens == own) & (own > 0))
         rejected = torch.arange(len(own), dtype=own.dtype).flip(0) % (1 + case.drafts)
         bound = torch.where(prefilling | (query_lens == 0), own, own + rejected)
+    if dummy:
+        prefilling, bound = torch.zeros_like(prefilling), own
     fields: dict[str, Any] = {
         "query_start_loc": inputs.query_start_loc,
         "query_start_loc_cpu": starts_cpu,

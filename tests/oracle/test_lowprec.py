@@ -11,7 +11,7 @@ import torch
 from fixtures.cases import DTYPES, AttnCase
 from fixtures.inputs import Q_SCALE, TORCH_DTYPES, AttnInputs, build_inputs
 from reference.lowprec import attend_lowprec
-from tests.harness.oracle import expected, requests, semantics, written_cache
+from tests.harness.oracle import Expected, expected, requests, semantics, written_cache
 from tests.harness.perturb import worst_share
 from tests.harness.samples import SAMPLES, mixed
 
@@ -31,6 +31,7 @@ CASES: dict[str, AttnCase] = {
     "prefill": AttnCase(scenario="tall_prefill"),
     "ragged": AttnCase(scenario="spec_ragged"),
     "long": AttnCase(scenario="long8k_decode"),
+    "longest": AttnCase(scenario="long32k_decode"),
     "one_key": AttnCase(scenario="single_token"),
     "one_key_sinks": AttnCase(scenario="single_token", sinks=True),
     "mqa": mixed(num_kv_heads=1),
@@ -88,23 +89,34 @@ def test_an_honest_kernel_is_inside_the_budget(name: str, dtype: str) -> None:
 FP8 = [name for name in CASES if CASES[name].logits != "extreme"]
 
 
-def _in_float8(inputs: AttnInputs, query: torch.Tensor) -> torch.Tensor:
-    """What a kernel that multiplies in float8 answers."""
+def _in_float8(inputs: AttnInputs, query: torch.Tensor, lost: float = 0.0) -> torch.Tensor:
+    """What a kernel that multiplies in float8 answers. lost: the part of the keys, the first of
+    them, that it does not see."""
     output = torch.zeros_like(inputs.query[: inputs.case.num_tokens])
     fp8 = TORCH_DTYPES[inputs.case.kv_dtype]
     for request in requests(inputs, written_cache(inputs)[0]):
-        operands = query[request.rows].float(), request.key.float(), request.value.float()
-        attended = attend_lowprec(*operands, **semantics(inputs), probabilities=fp8)
+        first = int(lost * len(request.key))
+        key, value = request.key[first:].float(), request.value[first:].float()
+        attended = attend_lowprec(
+            query[request.rows].float(), key, value, **semantics(inputs), probabilities=fp8
+        )
         output[request.rows] = attended[0].to(output.dtype)
     return output
 
 
 @functools.cache
-def _fp8_shares(name: str, kv_dtype: str) -> tuple[float, float]:
-    """As `_shares`, of the output and the summed error: the layer quantizes the query."""
+def _quantized(name: str, kv_dtype: str) -> tuple[AttnInputs, torch.Tensor, Expected]:
+    """Inputs, the query as a layer quantizes it, and the truth for that."""
     inputs = build_inputs(CASES[name].replace(dtype="bf16", kv_dtype=kv_dtype))
     query = (inputs.query.float() / Q_SCALE).to(TORCH_DTYPES[kv_dtype]).float() * Q_SCALE
-    truth, output = expected(inputs, query), _in_float8(inputs, query)
+    return inputs, query, expected(inputs, query)
+
+
+@functools.cache
+def _fp8_shares(name: str, kv_dtype: str) -> tuple[float, float]:
+    """As `_shares`, of the output and the summed error."""
+    inputs, query, truth = _quantized(name, kv_dtype)
+    output = _in_float8(inputs, query)
     return worst_share(output, truth.output, truth.budget), truth.scale_share(output)
 
 
@@ -119,6 +131,17 @@ def test_an_honest_kernel_in_float8_is_inside_the_budget(name: str, kv_dtype: st
 @pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "fp8_e5m2"])
 def test_the_budget_of_float8_is_no_looser_than_it_need_be(kv_dtype: str) -> None:
     assert max(_fp8_shares(name, kv_dtype)[0] for name in FP8) > FLOOR["bf16"]
+
+
+@pytest.mark.parametrize("name", ["ragged", "prefill", "long", "longest"])
+def test_float8_does_not_excuse_what_is_wrong(name: str) -> None:
+    """However many keys there are, and however little each of them weighs."""
+    inputs, query, truth = _quantized(name, "fp8_e4m3")
+    wrong = torch.zeros_like(inputs.query[: inputs.case.num_tokens])
+    assert worst_share(wrong, truth.output, truth.budget) > 2
+    if inputs.case.kind == "decode":
+        wrong = _in_float8(inputs, query, lost=0.5)
+        assert worst_share(wrong, truth.output, truth.budget) > 2
 
 
 def test_float8_has_a_budget_of_its_own() -> None:

@@ -96,6 +96,9 @@ class VllmFlashAttention:
 def _fa2_reasons(layer: Layer, batch: Batch) -> list[str]:
     """What FlashAttention 2 leaves out, most of it over the paged cache; seen on an H100."""
     reasons = []
+    if batch.max_query_len == 1 and not batch.uniform:
+        # One query to a request it takes as a row to a request.
+        reasons.append("no request without a token beside those of one")
     if batch.lse and layer.alibi:
         reasons.append("no LSE with ALiBi: it leaves out a part that is the same for all keys")
     if batch.phase == ENCODER:
@@ -104,9 +107,6 @@ def _fa2_reasons(layer: Layer, batch: Batch) -> list[str]:
         reasons.append("no windows: NaN in the blocks before them reaches its output")
     if batch.lse:
         reasons.append("no LSE: it leaves out those of queries that see no key")
-    if batch.max_query_len == 1 and not batch.uniform:
-        # One query to a request it takes as a row to a request.
-        reasons.append("no request without a token among decodes")
     return reasons
 
 
