@@ -123,17 +123,13 @@ def test_a_captured_graph_replays_like_eager(
     # The graph's own tensors: it reads these, and the batches are copied into them.
     static = inputs.copied(device)
     output = new_output(static)
-    cuda = device.type == "cuda"
-    graph = _captured(driver, static, output) if cuda else None
+    graph = _captured(driver, static, output) if device.type == "cuda" else None
     for batch in batches:
         replay = graph or _built_to_capture(driver, static, output)
         _refill(static, batch, output)
         # vLLM builds metadata anew at every step; what a graph reads is refreshed in place.
         driver.metadata(static)
-        quantized = replay()
-        if cuda:
-            torch.cuda.synchronize(device)
-        to = batch.device
+        quantized, to = replay(), batch.device
         query = None if quantized is None else quantized.to(to)
         done = Outcome(output.to(to), static.storage.to(to), query)
         check_against_reference(batch, done, record)
@@ -160,6 +156,7 @@ def _captured(driver: Driver, static: AttnInputs, output: torch.Tensor) -> Repla
 
     def replay() -> torch.Tensor | None:
         graph.replay()
+        torch.cuda.synchronize(static.device)
         return quantized
 
     return replay

@@ -362,7 +362,7 @@ def common_metadata(inputs: AttnInputs, dummy: bool = False) -> Any:
         rejected = torch.arange(len(own), dtype=own.dtype).flip(0) % (1 + case.drafts)
         bound = torch.where(prefilling | (query_lens == 0), own, own + rejected)
     if dummy:
-        prefilling, bound = torch.zeros_like(prefilling), own
+        prefilling = torch.zeros_like(prefilling)
     fields: dict[str, Any] = {
         "query_start_loc": inputs.query_start_loc,
         "query_start_loc_cpu": starts_cpu,

@@ -79,15 +79,21 @@ def test_every_op_that_runs_here_serves_a_case(device: torch.device) -> None:
         assert {"triton", "xformers_splitk"} <= asked
 
 
+def _decodes(name: str, device: torch.device) -> Call:
+    """A call for an op; the test is skipped where it takes none."""
+    call = whole_call(build_inputs(AttnCase(scenario="small_decode"), device))
+    if reasons := OPS[name].not_supported_reasons(call.layer, call.batch, device_of(device.type)):
+        pytest.skip(f"{name}: {'; '.join(reasons)}")
+    return call
+
+
 @pytest.mark.parametrize("sink", [None, 0.5, float("-inf")])
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_a_query_that_sees_no_key_gives_zeros(
     name: str, sink: float | None, device: torch.device
 ) -> None:
     """And an LSE of minus infinity, or of the sink: what merging it with other keys needs."""
-    call = whole_call(build_inputs(AttnCase(scenario="small_decode"), device))
-    if reasons := OPS[name].not_supported_reasons(call.layer, call.batch, device_of(device.type)):
-        pytest.skip(f"{name}: {'; '.join(reasons)}")
+    call = _decodes(name, device)
     call.seq_lens = torch.zeros_like(call.seq_lens)
     if sink is not None:
         call.sinks = torch.full(call.query.shape[1:2], sink, device=device)
@@ -101,9 +107,7 @@ def test_a_query_that_sees_no_key_gives_zeros(
 @pytest.mark.parametrize("name", ["xformers_splitk", "vllm_fa3"])
 def test_a_query_that_sees_no_key_weighs_nothing(name: str, device: torch.device) -> None:
     """Merged with the keys of another rank, of which it may have none here."""
-    call = whole_call(build_inputs(AttnCase(scenario="small_decode"), device))
-    if reasons := OPS[name].not_supported_reasons(call.layer, call.batch, device_of(device.type)):
-        pytest.skip(f"{name}: {'; '.join(reasons)}")
+    call = _decodes(name, device)
     call.seq_lens = call.seq_lens.clone()
     call.seq_lens[1] = 0
     OPS[name].run(call)

@@ -1,8 +1,8 @@
 """The museum: each fault as an `AttentionBackend` that `--candidate` can name.
 
 `tests.museum.faults:WindowIgnoredAtDecode` is `Plain`, a correct backend over xfv1's CPU op, with
-that one fault. A class here is an op, an impl or a backend that differs from the correct one in
-what its docstring says; `@plant` makes it a backend of its name and enters it in `FAULTS`.
+that one fault. A class here is an op, an impl, a builder or a backend that differs from the correct
+one in what its docstring says; `@plant` makes it a backend of its name and enters it in `FAULTS`.
 """
 
 import dataclasses
@@ -224,6 +224,11 @@ class Plain(XFormersAttentionBackend):
     """The correct candidate."""
 
     impl: ClassVar[type[MuseumImpl]] = MuseumImpl
+    builder: ClassVar[type[XFormersMetadataBuilder]] = XFormersMetadataBuilder
+
+    @classmethod
+    def get_builder_cls(cls) -> type[XFormersMetadataBuilder]:
+        return cls.builder
 
     @classmethod
     def get_impl_cls(cls) -> type[MuseumImpl]:
@@ -265,7 +270,7 @@ FAULTS: dict[str, Fault] = {}
 
 
 def plant(source: str, shows: Shows, model: str = EXACT, **facts: Any) -> Callable[[type], Any]:
-    """Make an op, an impl or a backend class a fault: a backend of the same name."""
+    """Make an op, an impl, a builder or a backend class a fault: a backend of the same name."""
 
     def register(kind: type) -> type[Plain]:
         name = kind.__name__
@@ -274,6 +279,8 @@ def plant(source: str, shows: Shows, model: str = EXACT, **facts: Any) -> Callab
             base = kind
         elif issubclass(kind, MuseumImpl):
             changes["impl"] = kind
+        elif issubclass(kind, XFormersMetadataBuilder):
+            changes["builder"] = kind
         else:
             changes["impl"] = type(f"{name}Impl", (MuseumImpl,), {"op": kind()})
         what = " ".join((inspect.getdoc(kind) or "").split())
@@ -1216,16 +1223,14 @@ class LensBuilder(XFormersMetadataBuilder):
 
 
 @plant("vLLM #42444", captured, "model of a plan: the lengths that a step's metadata is built with")
-class PlannedBeforeCapture(Plain):
+class PlannedBeforeCapture(LensBuilder):
     """The keys to visit are planned before a graph is captured, and never again."""
 
-    @staticmethod
-    def get_builder_cls() -> type[XFormersMetadataBuilder]:
-        return LensBuilder
 
-
-class TwoKernelsBuilder(LensBuilder):
-    """A builder that tells lengths in one of two tensors, which stay where they are."""
+@plant("vLLM #27114", captured, "model of two kernels: each has its own tensor of lengths")
+class KernelChosenByLongest(LensBuilder):
+    """One kernel serves requests to 32,768 keys, another longer ones. A graph is captured with the
+    other, as its requests could grow so long, and steps prepare what the first one reads."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -1235,13 +1240,3 @@ class TwoKernelsBuilder(LensBuilder):
         lens = self.kept[int(metadata.max_seq_len > 32768), : metadata.whole.batch.num_reqs]
         lens.copy_(metadata.whole.seq_lens)
         return lens
-
-
-@plant("vLLM #27114", captured, "model of two kernels: each has its own tensor of lengths")
-class KernelChosenByLongest(Plain):
-    """One kernel serves requests to 32,768 keys, another longer ones. A graph is captured with the
-    other, as its requests could grow so long, and steps prepare what the first one reads."""
-
-    @staticmethod
-    def get_builder_cls() -> type[XFormersMetadataBuilder]:
-        return TwoKernelsBuilder

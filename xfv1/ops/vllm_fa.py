@@ -94,7 +94,7 @@ class VllmFlashAttention:
 
 
 def _fa2_reasons(layer: Layer, batch: Batch) -> list[str]:
-    """What FlashAttention 2 leaves out, most of it over the paged cache; seen on an H100."""
+    """What FlashAttention 2 leaves out, by its source or as seen on an H100."""
     reasons = []
     if batch.max_query_len == 1 and not batch.uniform:
         # One query to a request it takes as a row to a request.
