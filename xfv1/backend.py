@@ -1,5 +1,7 @@
 """What vLLM asks an attention backend before it uses it."""
 
+import functools
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -88,6 +90,17 @@ class XFormersAttentionBackend(AttentionBackend):
         )
 
     @classmethod
+    @functools.wraps(AttentionBackend.validate_configuration.__func__)
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        """Why this backend cannot serve a layer; each reason names the value and what is accepted.
+
+        vLLM finds the reasons. Its words for most of them name neither.
+        """
+        reasons: list[str] = super().validate_configuration(*args, **kwargs)
+        asked = inspect.signature(super().validate_configuration).bind(*args, **kwargs).arguments
+        return [_in_full(reason, asked) for reason in reasons]
+
+    @classmethod
     def supports_combination(
         cls,
         head_size: int,
@@ -110,7 +123,7 @@ class XFormersAttentionBackend(AttentionBackend):
         if use_mla or use_sparse:
             return None
         try:
-            fp8 = compat.fp8_dtype(kv_cache_dtype or "auto")
+            stored = compat.kv_dtype(kv_cache_dtype or "auto", dtype)
         except NotImplementedError as error:
             return str(error)
         layer = Layer(
@@ -118,7 +131,7 @@ class XFormersAttentionBackend(AttentionBackend):
             num_kv_heads=1,
             head_size=head_size,
             dtype=dtype,
-            kv_dtype=fp8 or dtype,
+            kv_dtype=stored,
             block_size=block_size or 16,
             sinks=has_sink,
             batch_invariant=compat.batch_invariant(),
@@ -147,6 +160,43 @@ class XFormersAttentionBackend(AttentionBackend):
     @staticmethod
     def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
         return compat.stride_order(include_num_layers_dimension)
+
+
+def _in_full(reason: str, asked: dict[str, Any]) -> str:
+    """One of vLLM's reasons, with the value that was asked for and what is accepted."""
+    backend = XFormersAttentionBackend
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.supported_dtypes)
+    accepted = {
+        "head_size not supported": ("head_size", f"1 to {MAX_HEAD_SIZE}"),
+        "dtype not supported": ("dtype", dtypes),
+        "kv_cache_dtype not supported": (
+            "kv_cache_dtype",
+            ", ".join(backend.supported_kv_cache_dtypes),
+        ),
+        "block_size not supported": ("block_size", "a multiple of 16"),
+        "partial multimodal token full attention not supported": (
+            "use_mm_prefix",
+            "False: no image tokens that see each other",
+        ),
+        "MLA not supported": ("use_mla", "False: no multi-head latent attention"),
+        "sparse not supported": ("use_sparse", "False: no sparse attention"),
+        "per-head quant scales not supported": (
+            "use_per_head_quant_scales",
+            "False: one scale for all heads of a layer",
+        ),
+        "R-SWA not supported": ("use_rswa", "False: no windows beside a whole prompt"),
+        "PCP not supported": ("use_pcp", "False: no prefill context parallelism"),
+        "device-cpu query lens mismatch not supported, this is needed for adaptive verification": (
+            "use_adaptive_verification",
+            "False: the host must know each request's number of queries",
+        ),
+    }
+    if reason not in accepted:
+        return reason
+    name, values = accepted[reason]
+    value = asked.get(name)
+    shown = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else repr(value)
+    return f"{name}={shown}: expected {values}"
 
 
 def _device(capability: DeviceCapability | None) -> Device:

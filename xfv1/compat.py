@@ -32,9 +32,7 @@ def check_version() -> None:
         return
     if series and series < first and "dev" not in version:
         raise RuntimeError(f"xfv1 needs {tested}, found vLLM {version}")
-    from vllm.logger import init_logger
-
-    init_logger("vllm.xfv1").warning("xfv1 is tested with %s, not with vLLM %s", tested, version)
+    _logger().warning("xfv1 is tested with %s, not with vLLM %s", tested, version)
 
 
 @functools.cache
@@ -43,6 +41,22 @@ def device_kind() -> str:
     from vllm.platforms import current_platform
 
     return "cpu" if current_platform.is_cpu() else "cuda"
+
+
+def kv_dtype(kv_cache_dtype: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a cache stores keys and values in, for a model of the given dtype.
+
+    Raises:
+        NotImplementedError: for caches quantized in other ways, or of another 16-bit dtype.
+    """
+    if fp8 := fp8_dtype(kv_cache_dtype):
+        return fp8
+    if kv_cache_dtype != "auto" and getattr(torch, kv_cache_dtype) != dtype:
+        model = str(dtype).removeprefix("torch.")
+        raise NotImplementedError(
+            f"kv_cache_dtype={kv_cache_dtype!r}: expected the model's own dtype, {model}, or fp8"
+        )
+    return dtype
 
 
 def fp8_dtype(kv_cache_dtype: str) -> torch.dtype | None:
@@ -68,9 +82,21 @@ def fp8_dtype(kv_cache_dtype: str) -> torch.dtype | None:
 
 def log_once(message: str, *args: object) -> None:
     """A line in vLLM's log, the first time only."""
+    _logger().info_once(message, *args)
+
+
+def warn_once(message: str, *args: object) -> None:
+    """A warning in vLLM's log, the first time only.
+
+    It is seen even where vLLM has not set its logging up yet, as when it loads plugins.
+    """
+    _logger().warning_once(message, *args)
+
+
+def _logger() -> Any:
     from vllm.logger import init_logger
 
-    init_logger("vllm.xfv1").info_once(message, *args)
+    return init_logger("vllm.xfv1")
 
 
 def write_kv(
@@ -156,11 +182,26 @@ def speculates() -> bool:
 
 
 def model_reasons() -> list[str]:
-    """Why not, for what a model asks of every layer and vLLM (to 0.29 at least) of no backend."""
+    """Why xfv1 cannot serve this model in this server, for facts that no backend is asked about.
+
+    Which facts these are depends on vLLM's release. On a CPU, vLLM asks a backend nothing.
+    """
     config = _served()
-    model = None if config is None else config.model_config
-    window = getattr(model, "rswa_window", None)
-    return [] if window is None else [f"rswa_window={window}: no windows beside a whole prompt"]
+    if config is None:
+        return []
+    reasons = []
+    model = config.model_config
+    if (window := getattr(model, "rswa_window", None)) is not None:
+        reasons.append(f"rswa_window={window}: expected None: no windows beside a whole prompt")
+    if getattr(model, "is_mm_prefix_lm", False):
+        reasons.append(
+            f"model {model.model}: its image tokens see each other (is_mm_prefix_lm=True): "
+            "expected causal attention"
+        )
+    if getattr(config.cache_config, "kv_sharing_fast_prefill", False):
+        # vLLM copies such a step's query_start_loc to the host without waiting for it.
+        reasons.append("--kv-sharing-fast-prefill: expected a server without it")
+    return reasons
 
 
 def _served() -> Any:

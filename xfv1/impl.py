@@ -43,6 +43,7 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
         use_alibi_sqrt: bool = False,
+        chunk_lookback: int = -1,
     ) -> None:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
@@ -65,6 +66,14 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
             )
         if sinks is not None and sinks.shape[0] != num_heads:
             raise ValueError(f"sinks of {sinks.shape[0]} heads: expected num_heads={num_heads}")
+        if chunk_lookback != -1:
+            raise NotImplementedError(
+                f"chunk_lookback={chunk_lookback}: expected -1: no attention in chunks"
+            )
+        dtype = torch.get_default_dtype()
+        if attn_type not in ENCODERS:
+            # An encoder keeps nothing in the cache.
+            compat.kv_dtype(kv_cache_dtype, dtype)
         self.fp8_dtype = compat.fp8_dtype(kv_cache_dtype)
         self.debug = debug.enabled()
         self._layers: dict[tuple[torch.dtype, int, bool, int], Layer] = {}
@@ -72,7 +81,6 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         encoder = attn_type in ENCODERS
         causal = attn_type == AttentionType.DECODER
         sharded = self.dcp_world_size > 1 and not encoder
-        dtype = torch.get_default_dtype()
         layer = self._layer(dtype, 0 if encoder or sharded else 16, causal)
         # Cross attention's lengths are the encoder's, which only the device knows.
         host_lens = attn_type != AttentionType.ENCODER_DECODER
@@ -93,7 +101,9 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
             raise NotImplementedError("xfv1: " + "; ".join(refused))
         self._merge = compat.shard_merge() if sharded else None
         for facts, kind in kinds:
-            compat.log_once("xfv1: %s", dispatch.summary(facts, device, **kind))
+            compat.log_once(
+                "xfv1: XFormersAttentionBackend serves %s", dispatch.summary(facts, device, **kind)
+            )
 
     def _parallel_reasons(self, sharded: bool) -> list[str]:
         """Why the layer cannot be served in the context parallel groups there are."""

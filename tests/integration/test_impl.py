@@ -219,7 +219,9 @@ def test_drafts_are_the_servers(
 def test_a_model_without_windows_beside_its_prompt_is_served(
     monkeypatch: pytest.MonkeyPatch, model: SimpleNamespace | None
 ) -> None:
-    made = SimpleNamespace(model_config=model, speculative_config=None)
+    made = SimpleNamespace(
+        model_config=model, cache_config=SimpleNamespace(), speculative_config=None
+    )
     for config in (made, None):
         monkeypatch.setattr(compat, "_served", lambda config=config: config)
         assert compat.model_reasons() == []
@@ -229,7 +231,9 @@ def test_a_model_without_windows_beside_its_prompt_is_served(
 def test_windows_beside_a_whole_prompt_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM 0.26 to 0.29 ask no backend whether it knows them, and a layer does not say."""
     model = SimpleNamespace(rswa_window=64)
-    made = SimpleNamespace(model_config=model, speculative_config=None)
+    made = SimpleNamespace(
+        model_config=model, cache_config=SimpleNamespace(), speculative_config=None
+    )
     monkeypatch.setattr(compat, "_served", lambda: made)
     with pytest.raises(NotImplementedError, match="rswa_window=64"):
         XFormersImpl(8, 64, 0.125, 2)

@@ -2,6 +2,7 @@
 
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -78,10 +79,20 @@ def on_cpu() -> None:
         pytest.skip("needs vLLM's build for CPUs")
 
 
-def test_entry_point_names_register() -> None:
+@pytest.mark.parametrize(
+    ("group", "function"),
+    [("vllm.platform_plugins", xfv1.announce), ("vllm.general_plugins", xfv1.register)],
+)
+def test_entry_points_name_what_vllm_runs(group: str, function: Any) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (entry_point,) = project["entry-points"]["vllm.general_plugins"].values()
-    assert pkgutil.resolve_name(entry_point) is xfv1.register
+    # vLLM selects plugins by their names, in all groups alike.
+    assert project["entry-points"][group].keys() == {"xfv1"}
+    assert pkgutil.resolve_name(project["entry-points"][group]["xfv1"]) is function
+
+
+def test_no_platform_is_offered() -> None:
+    xfv1.announce()
+    assert inspect.signature(xfv1.announce).return_annotation is None
 
 
 def test_import_loads_neither_torch_nor_vllm() -> None:
@@ -143,6 +154,31 @@ def test_cpu_platform_takes_xfv1_where_told(monkeypatch: pytest.MonkeyPatch) -> 
     assert selected() is XFormersAttentionBackend
 
 
+@pytest.mark.usefixtures("on_cpu")
+def test_mla_on_a_cpu_runs_vllms_own_backend_and_says_so(
+    enum: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from xfv1 import compat, cpu
+
+    said: list[str] = []
+    monkeypatch.setattr(compat, "log_once", lambda text, *args: said.append(text % args))
+    monkeypatch.setenv("XFV1_CPU", "1")
+    xfv1.register()
+    names = [name for name in cpu.MLA if name in enum.__members__]
+    assert names
+    for name in names:
+        assert enum[name].get_class() is resolve_obj_by_qualname(enum[name].value)
+    assert said == [
+        f"xfv1: this model's multi-head latent attention (MLA) runs on vLLM's own {name}. "
+        "XFV1_CPU=1 has no effect on it."
+        for name in names
+    ]
+    with pytest.raises(AttributeError, match="no attribute 'CPU_ATTN'"):
+        cpu.CPU_ATTN  # noqa: B018
+
+
 def test_unknown_op_is_answered_with_the_names(monkeypatch: pytest.MonkeyPatch) -> None:
     from xfv1.dispatch import OPS, UnknownOp
     from xfv1.impl import XFormersImpl
@@ -167,24 +203,83 @@ def test_layer_no_op_serves_is_refused_with_reasons(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        pytest.param({"head_size": 513}, "head_size", id="head size"),
-        pytest.param({"dtype": torch.float64}, "dtype", id="dtype"),
-        pytest.param({"kv_cache_dtype": "int4_per_token_head"}, "kv_cache_dtype", id="cache"),
-        pytest.param({"block_size": 24}, "block_size", id="block size"),
-        pytest.param({"use_mla": True}, "MLA", id="MLA"),
-        pytest.param({"use_sparse": True}, "sparse", id="sparse"),
+        pytest.param({"head_size": 513}, "head_size=513: expected 1 to 512", id="head size"),
+        pytest.param(
+            {"dtype": torch.float64},
+            "dtype=float64: expected float16, bfloat16, float32",
+            id="dtype",
+        ),
+        pytest.param(
+            {"kv_cache_dtype": "int4_per_token_head"},
+            "kv_cache_dtype='int4_per_token_head': expected auto, float16, ",
+            id="cache",
+        ),
+        pytest.param(
+            {"kv_cache_dtype": "bfloat16"},
+            "kv_cache_dtype='bfloat16': expected the model's own dtype, float32, or fp8",
+            id="cache of another dtype",
+        ),
+        pytest.param({"block_size": 24}, "block_size=24: expected a multiple", id="block size"),
+        pytest.param({"use_mm_prefix": True}, "use_mm_prefix=True: expected False", id="images"),
+        pytest.param({"use_mla": True}, "use_mla=True: expected False", id="MLA"),
+        pytest.param({"use_sparse": True}, "use_sparse=True: expected False", id="sparse"),
     ],
 )
-def test_configuration_is_refused_with_reasons(facts: dict[str, Any], reason: str) -> None:
-    assert any(reason in why for why in refusals(**facts))
+def test_configuration_is_refused_with_the_value_and_what_is_accepted(
+    facts: dict[str, Any], reason: str
+) -> None:
+    assert any(why.startswith(reason) for why in refusals(**facts))
 
 
 def test_configuration_it_serves_is_not_refused() -> None:
     assert refusals() == []
 
 
-def test_impl_refuses_caches_quantized_in_other_ways() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype='int8': expected auto, "),
+        # The first step would fail otherwise: the default dtype is the model's, here float32.
+        ({"kv_cache_dtype": "float16"}, "kv_cache_dtype='float16': expected the model's own"),
+        ({"chunk_lookback": 1}, "chunk_lookback=1: expected -1"),
+    ],
+    ids=["quantized in another way", "of another dtype", "chunks"],
+)
+def test_a_layer_is_refused_when_it_is_made(arguments: dict[str, Any], reason: str) -> None:
     from xfv1.impl import XFormersImpl
 
-    with pytest.raises(NotImplementedError, match="kv_cache_dtype='int8'"):
-        XFormersImpl(8, 64, 0.125, 2, kv_cache_dtype="int8")
+    with pytest.raises(NotImplementedError, match=f"^{re.escape(reason)}"):
+        XFormersImpl(8, 64, 0.125, 2, **arguments)
+
+
+def test_a_layer_without_chunks_is_none_that_looks_back() -> None:
+    from xfv1.impl import XFormersImpl
+
+    assert XFormersImpl(8, 64, 0.125, 2, chunk_lookback=-1).num_heads == 8
+
+
+@pytest.mark.parametrize(
+    ("owner", "fact", "reason"),
+    [
+        ("model_config", "is_mm_prefix_lm", "its image tokens see each other"),
+        ("cache_config", "kv_sharing_fast_prefill", "--kv-sharing-fast-prefill: expected a server"),
+    ],
+)
+def test_a_server_that_vllm_asks_nobody_about_is_refused(
+    monkeypatch: pytest.MonkeyPatch, owner: str, fact: str, reason: str
+) -> None:
+    """As on a CPU, whose platform asks a backend nothing."""
+    from vllm.config import set_current_vllm_config
+
+    from tests.harness.candidate import vllm_config
+    from xfv1.impl import XFormersImpl
+
+    config = vllm_config(8, 2, 64, "fp32", 32, "auto", None)
+    holder = getattr(config, owner)
+    computed = isinstance(getattr(type(holder), fact, None), property)
+    monkeypatch.setattr(type(holder) if computed else holder, fact, True)
+    with (
+        set_current_vllm_config(config),
+        pytest.raises(NotImplementedError, match=f"^xfv1: .*{reason}"),
+    ):
+        XFormersImpl(8, 64, 0.125, 2)

@@ -12,6 +12,8 @@ import importlib
 import inspect
 import json
 import os
+import pickle
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -68,6 +70,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "head size 513": {"head_size": 513},
     "block size 24": {"block_size": 24},
     "cache": {"kv_cache_dtype": "int8_per_token_head"},
+    "cache of another dtype": {"kv_cache_dtype": "bfloat16"},
     "MLA": {"use_mla": True},
     "sparse": {"use_sparse": True},
     "per-head scales": {"use_per_head_quant_scales": True},
@@ -99,7 +102,19 @@ def registration() -> dict[str, Any]:
         "name": backend.get_name(),
         "classes": {name: _path(AttentionBackendEnum[name].get_class()) for name in names},
         "repeatable": sorted(AttentionBackendEnum.__members__) == once,
+        "pickled": {name: _pickled(AttentionBackendEnum[name]) for name in names},
     }
+
+
+def _pickled(member: Any) -> str:
+    """The name of a member of vLLM's enum after its way into another process."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import pickle, sys; print(pickle.load(sys.stdin.buffer).name)"],
+        input=pickle.dumps(member),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return done.stdout.decode().split()[-1]
 
 
 def abstract() -> dict[str, list[str]]:
@@ -443,14 +458,13 @@ def _in_force(platform: type[Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stubbed(*names: str) -> Iterator[None]:
-    """Compiled modules that are not there, as empty ones."""
-    missing = {}
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            missing[name] = ModuleType(name)
-    with mock.patch.dict(sys.modules, missing):
+    """Empty modules in place of compiled ones that the process has not loaded.
+
+    vLLM's build for CPUs has several libraries, one to a kind of processor. They register the same
+    operators, so a process that loads a second one ends.
+    """
+    empty = {name: ModuleType(name) for name in names if name not in sys.modules}
+    with mock.patch.dict(sys.modules, empty):
         yield
 
 

@@ -94,6 +94,13 @@ def test_register(ask: Ask) -> None:
     assert registration["repeatable"]
 
 
+def test_its_names_survive_the_way_into_a_process_without_plugins(ask: Ask) -> None:
+    """As vLLM's configuration goes to its engine."""
+    registration = ask("registration")
+    names = {"CUSTOM", "CPU_ATTN", registration["name"]}
+    assert registration["pickled"] == {name: name for name in names}
+
+
 def test_no_method_is_left_abstract(ask: Ask) -> None:
     assert set(map(tuple, ask("abstract").values())) == {()}
 
@@ -163,6 +170,9 @@ def test_gpu_platform_selects_xfv1_by_its_names(ask: Ask, gpu: str) -> None:
 def test_gpu_platform_refuses_what_xfv1_does(ask: Ask, gpu: str) -> None:
     refused = ask("gpu_selection")[gpu]["refused"]
     assert {what for what, answer in refused.items() if not _is_refusal(answer)} == set()
+    # Each names the value that was asked for and what is accepted.
+    unclear = {what for what, answer in refused.items() if not re.search("=.+: expected ", answer)}
+    assert unclear == set()
     assert refused.keys() >= {"head size 513", "block size 24", "cache", "MLA", "sparse"}
 
 
