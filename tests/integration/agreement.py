@@ -1,8 +1,7 @@
 """Did two backends give the same tokens, as far as rounding lets them?"""
 
 from dataclasses import dataclass
-
-from tests.integration.engine import RunReport
+from typing import Protocol
 
 # Of the answers, so many at least are the same to the last token. In bfloat16 a token of a hundred
 # is a near tie, and breaking it either way parts all that follow: four of five are the same.
@@ -12,7 +11,34 @@ LEAST_IDENTICAL = 0.5
 MARGIN = 4
 
 
-def rounding(reference: RunReport, jittered: RunReport) -> float:
+class Given(Protocol):
+    """Which prompt each answer is to, how often it was given, and per step its token, its logprob
+    and by how much it beat the next best token, in logprob."""
+
+    @property
+    def prompts(self) -> list[int]: ...
+    @property
+    def times(self) -> list[int]: ...
+    @property
+    def tokens(self) -> list[list[int]]: ...
+    @property
+    def logprobs(self) -> list[list[float]]: ...
+    @property
+    def margins(self) -> list[list[float]]: ...
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Just that; see `Given`."""
+
+    prompts: list[int]
+    times: list[int]
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    margins: list[list[float]]
+
+
+def rounding(reference: Given, jittered: Given) -> float:
     """How far apart rounding puts the margins of two right answers.
 
     jittered: the reference's own run with its attention moved in the last place, so that nothing
@@ -65,7 +91,7 @@ class Agreement:
         return found
 
 
-def compare(report: RunReport, reference: RunReport, bound: float) -> Agreement:
+def compare(report: Given, reference: Given, bound: float) -> Agreement:
     """A run's answers beside those of another, which answered each of the prompts."""
     compared, identical, apart, partings = 0, 0, 0.0, []
     rows = {prompt: row for row, prompt in enumerate(reference.prompts)}
