@@ -9,10 +9,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # vLLM's Triton kernels exist where it sees a driver. Triton's interpreter needs none, and lacks
 # what vLLM reads of a compiled kernel.
+#
+# The interpreter multiplies matrices by NumPy, whose library adds a row's products in an order that
+# depends on where the row lies in its tile, and on the processor. A GPU's matrix units add every
+# row's in the same order, and so does the product here: one term after another.
 WITH_TRITON = """
 import sys, types, pytest
+import numpy as np
 from triton import backends
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
+
+def product(a, b, dtype):
+    a, b = a.astype(dtype), b.astype(dtype)
+    total = np.zeros((*a.shape[:-1], b.shape[-1]), dtype)
+    for k in range(a.shape[-1]):
+        total += a[..., :, k, None] * b[..., k, None, :]
+    return total
+
+interpreter.np = types.ModuleType("numpy")
+interpreter.np.__dict__.update(vars(np))
+interpreter.np.matmul = product
 
 driver = types.SimpleNamespace(is_active=lambda: True)
 backends.backends["cpu"] = types.SimpleNamespace(driver=driver)

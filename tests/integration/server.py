@@ -1,7 +1,8 @@
-"""A real `vllm serve` in a process group of its own, and OpenAI's client to talk to it."""
+"""Real engines as users start them: `vllm serve` in a process group of its own, and a script."""
 
 import contextlib
 import functools
+import json
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,8 +22,12 @@ import httpx
 import psutil
 from openai import OpenAI
 
+from tests.integration.agreement import Answers
+
 # Seconds that a server may take to start and to stop, on a loaded machine.
 PATIENCE = 900.0
+# Characters of its log that an error ends with: vLLM's own errors name their cause far above.
+TOLD = 20_000
 # A server binds its port long after that was found free. Meanwhile another process may be given
 # it: vLLM's engines and torch ask for any port, which the kernel takes from 32768 on.
 PORTS = range(20000, 32000)
@@ -78,12 +84,12 @@ class Server:
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             if (code := self.process.poll()) is not None:
-                raise ServerError(f"ended with {code}: {self.printed()[-4000:]}")
+                raise ServerError(f"ended with {code}: {self.printed()[-TOLD:]}")
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"{self.url}/health").is_success:
                     return
             time.sleep(0.5)
-        raise ServerError(f"no answer after {PATIENCE} s: {self.printed()[-4000:]}")
+        raise ServerError(f"no answer after {PATIENCE} s: {self.printed()[-TOLD:]}")
 
     def printed(self) -> str:
         return self.log.read_text(errors="replace")
@@ -94,6 +100,23 @@ class Server:
         (found,) = self.client().models.list().data
         name: str = found.id
         return name
+
+    def complete(self, ids: list[int], max_tokens: int) -> dict[str, Any]:
+        """A greedy completion of a prompt: its "tokens", "logprobs" and "margins"."""
+        (choice,) = (
+            self.client()
+            .completions.create(
+                model=self.model, prompt=ids, max_tokens=max_tokens, temperature=0.0, logprobs=2,
+                extra_body={"ignore_eos": True, "return_token_ids": True},
+            )
+            .choices
+        )  # fmt: skip
+        ranked = [sorted(step.values(), reverse=True) for step in choice.logprobs.top_logprobs]
+        return {
+            "tokens": choice.token_ids,
+            "logprobs": choice.logprobs.token_logprobs,
+            "margins": [step[0] - step[1] for step in ranked],
+        }
 
     def client(self) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=PATIENCE, max_retries=0)
@@ -123,7 +146,7 @@ class Server:
         end = time.monotonic() + PATIENCE
         while left := self.running():
             if time.monotonic() > end:
-                raise ServerError(f"{left} requests are left: {self.printed()[-4000:]}")
+                raise ServerError(f"{left} requests are left: {self.printed()[-TOLD:]}")
             time.sleep(0.2)
 
     def stop(self) -> int:
@@ -137,7 +160,7 @@ class Server:
         end = time.monotonic() + PATIENCE
         while left := self.group():
             if time.monotonic() > end:
-                raise ServerError(f"it left processes behind: {left}: {self.printed()[-4000:]}")
+                raise ServerError(f"it left processes behind: {left}: {self.printed()[-TOLD:]}")
             time.sleep(0.2)
         return code
 
@@ -152,6 +175,57 @@ class Server:
                 ):
                     found.append(process.pid)
         return found
+
+
+@dataclass(frozen=True)
+class Offline:
+    """What a script's engine answered: the script's process, and what its workers say."""
+
+    pid: int
+    workers: list[dict[str, Any]]
+    answers: Answers
+
+
+def run_script(
+    folder: Path,
+    environment: dict[str, str],
+    engine: dict[str, Any],
+    prompts: list[list[int]],
+    max_tokens: int,
+    before: dict[str, list[Any]] | None = None,
+) -> Offline:
+    """Have a script's engine answer prompts (`tests/site/offline.py`), in processes of its own.
+
+    Raises:
+        ServerError: if it fails.
+    """
+    folder.mkdir(parents=True)
+    request = {
+        "engine": engine,
+        "prompts": prompts,
+        "max_tokens": max_tokens,
+        "before": before or {},
+    }
+    (folder / "request.json").write_text(json.dumps(request))
+    done = subprocess.run(
+        [sys.executable, "-m", "offline", "request.json", "answer.json"],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=PATIENCE,
+    )
+    if done.returncode:
+        raise ServerError(f"the script ended with {done.returncode}: {done.stdout[-TOLD:]}")
+    found = json.loads((folder / "answer.json").read_text())
+    return Offline(found["pid"], found["workers"], answers_of(found["answers"]))
+
+
+def answers_of(found: list[dict[str, Any]]) -> Answers:
+    """Answers to prompts in their order."""
+    rows = {name: [answer[name] for answer in found] for name in ("tokens", "logprobs", "margins")}
+    return Answers(prompts=list(range(len(found))), times=[1] * len(found), **rows)
 
 
 def _free_port() -> int:

@@ -11,7 +11,7 @@ from tests.integration.engine import FAULTS, Process, Run, RunReport, Session, S
 from tests.integration.models import LLAMA as SERVED
 from tests.integration.models import prompt, tiny
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.xdist_group("engine_cpu")]
 
 CPU_ATTN = "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
 XFV1 = "xfv1.backend.XFormersAttentionBackend"

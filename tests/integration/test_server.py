@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from tests.integration.agreement import Answers
 from tests.integration.checkpoint import VOCABULARY, save_llama
 from tests.integration.installed import ROOT, environment, install
 from tests.integration.models import prompt
-from tests.integration.server import PATIENCE, Server
+from tests.integration.server import PATIENCE, Offline, Server, answers_of, run_script
 
 pytestmark = [pytest.mark.cpu, pytest.mark.xdist_group("server")]
 
@@ -62,15 +61,6 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "more logprobs than the server gives": {"logprobs": 1 << 10},
     "a wrong type": {"max_tokens": "many"},
 }
-
-
-@dataclass(frozen=True)
-class Offline:
-    """What a script's engine answered, and what its workers say of themselves."""
-
-    pid: int
-    workers: list[dict[str, Any]]
-    answers: Answers
 
 
 @pytest.fixture(scope="module")
@@ -114,50 +104,24 @@ def scripts(
     ranks = {"tensor_parallel_size": 2}
     backend = {"attention_config": {"backend": "XFORMERS"}}
     folder = tmp_path_factory.mktemp("scripts")
-    requests = {
-        "xfv1": ({**backend, **ranks}, {"XFV1_CPU": "1"}, True),
-        "CPU_ATTN": ({}, {}, False),
+    requests: dict[str, tuple[dict[str, Any], dict[str, str], dict[str, list[Any]]]] = {
+        "xfv1": ({**backend, **ranks}, {"XFV1_CPU": "1"}, {"count_ops": []}),
+        "CPU_ATTN": ({}, {}, {}),
     }
     with ThreadPoolExecutor() as pool:
         ran = {
-            name: pool.submit(_run_script, folder / name, site, model, *request)
-            for name, request in requests.items()
+            name: pool.submit(
+                run_script,
+                folder / name,
+                environment(site, **settings),
+                {"model": str(model), **ENGINE, **engine},
+                PROMPTS,
+                MAX_TOKENS,
+                before,
+            )
+            for name, (engine, settings, before) in requests.items()
         }
         return {name: future.result() for name, future in ran.items()}
-
-
-def _run_script(
-    folder: Path,
-    site: Path,
-    model: Path,
-    engine: dict[str, Any],
-    settings: dict[str, str],
-    count: bool,
-) -> Offline:
-    folder.mkdir()
-    request = {
-        "engine": {"model": str(model), **ENGINE, **engine},
-        "prompts": PROMPTS,
-        "max_tokens": MAX_TOKENS,
-        "count": count,
-    }
-    (folder / "request.json").write_text(json.dumps(request))
-    done = subprocess.run(
-        [sys.executable, "-m", "offline", "request.json", "answer.json"],
-        cwd=folder,
-        env=environment(site, **settings),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    found = json.loads((folder / "answer.json").read_text())
-    return Offline(found["pid"], found["workers"], _answers(found["answers"]))
-
-
-def _answers(found: list[dict[str, Any]]) -> Answers:
-    rows = {name: [answer[name] for answer in found] for name in ("tokens", "logprobs", "margins")}
-    return Answers(prompts=list(range(len(found))), times=[1] * len(found), **rows)
 
 
 @pytest.fixture(scope="module")
@@ -167,20 +131,8 @@ def server(starting: Server, scripts: dict[str, Offline]) -> Server:
     return starting
 
 
-def complete(server: Server, ids: list[int], **options: Any) -> dict[str, Any]:
-    """One completion over HTTP: its tokens, logprobs and margins."""
-    client = server.client()
-    (choice,) = client.completions.create(
-        model=server.model, prompt=ids, max_tokens=MAX_TOKENS, temperature=0.0, logprobs=2,
-        extra_body={"ignore_eos": True, "return_token_ids": True}, **options,
-    ).choices  # fmt: skip
-    given: Any = choice
-    ranked = [sorted(step.values(), reverse=True) for step in given.logprobs.top_logprobs]
-    return {
-        "tokens": given.token_ids,
-        "logprobs": given.logprobs.token_logprobs,
-        "margins": [step[0] - step[1] for step in ranked],
-    }
+def complete(server: Server, ids: list[int]) -> dict[str, Any]:
+    return server.complete(ids, MAX_TOKENS)
 
 
 def differences(answers: Answers, expected: Answers) -> list[str]:
@@ -225,7 +177,7 @@ def test_engines_of_two_ranks_answer_as_vllms_own_backend(scripts: dict[str, Off
 
 def test_completions_are_the_offline_engines(server: Server, scripts: dict[str, Offline]) -> None:
     """One after another, each alone."""
-    answers = _answers([complete(server, ids) for ids in PROMPTS])
+    answers = answers_of([complete(server, ids) for ids in PROMPTS])
     assert differences(answers, scripts["xfv1"].answers) == []
 
 
@@ -241,14 +193,14 @@ def test_a_stream_is_the_same_completion(server: Server, scripts: dict[str, Offl
     assert tokens == scripts["xfv1"].answers.tokens[longest]
 
 
-def test_32_requests_at_once_get_their_own_answers(
+def test_32_requests_at_once_get_their_ownanswers_of(
     server: Server, scripts: dict[str, Offline]
 ) -> None:
     """Twice the prompts, whose lengths differ, in one batch with chunks of the long ones."""
     with ThreadPoolExecutor(32) as pool:
         found = list(pool.map(lambda ids: complete(server, ids), PROMPTS * 2))
     for half in (found[: len(PROMPTS)], found[len(PROMPTS) :]):
-        assert differences(_answers(half), scripts["xfv1"].answers) == []
+        assert differences(answers_of(half), scripts["xfv1"].answers) == []
 
 
 KILLED_CLIENT = """

@@ -5,6 +5,7 @@ module imports nothing of the checkout: a server finds it in a folder on its PYT
 """
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -28,17 +29,27 @@ class Worker:
                 setattr(op, "run", _counting(name, op.run))  # noqa: B010
         return dict(CALLS)
 
+    def jitter(self, units: float) -> None:
+        """From now on, move each attention output at random, by up to so many units in its last
+        place, as another right answer may be. A captured graph repeats one move."""
+        import torch
+
+        for layer in self._layers():
+            forward = layer.impl.forward
+
+            def moved(*args: Any, forward: Any = forward, **kwargs: Any) -> Any:
+                output = forward(*args, **kwargs)
+                random = 2 * torch.rand(output.shape, device=output.device) - 1
+                return output.mul_(1 + units * torch.finfo(output.dtype).eps * random)
+
+            layer.impl.forward = moved
+
     def attention(self) -> dict[str, Any]:
         """This process, the classes of its attention layers, and the counted calls of ops.
 
         calls: by "op phase". file: the xfv1 that was imported, or None.
         """
-        import sys
-
-        from vllm.model_executor.layers.attention import Attention
-
-        context = self.vllm_config.compilation_config.static_forward_context
-        layers = [layer for layer in context.values() if isinstance(layer, Attention)]
+        layers = self._layers()
         xfv1 = sys.modules.get("xfv1")
         return {
             "pid": os.getpid(),
@@ -47,6 +58,12 @@ class Worker:
             "backends": [_path(layer.get_attn_backend()) for layer in layers],
             "calls": dict(CALLS),
         }
+
+    def _layers(self) -> list[Any]:
+        from vllm.model_executor.layers.attention import Attention
+
+        context = self.vllm_config.compilation_config.static_forward_context
+        return [layer for layer in context.values() if isinstance(layer, Attention)]
 
 
 def _counting(name: str, run: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -2,8 +2,9 @@
 
     python -m offline request.json answer.json
 
-request.json: "engine", the arguments of vLLM's LLM; "prompts", lists of token ids; "max_tokens".
-answer.json: tokens and logprobs of each answer, and what each worker says of itself (`observed`).
+request.json: "engine", the arguments of vLLM's LLM; "prompts", lists of token ids; "max_tokens";
+"before", methods of `observed.Worker` to call first, each with its arguments. answer.json: tokens
+and logprobs of each answer, and what each worker says of itself.
 """
 
 import json
@@ -18,8 +19,8 @@ def main() -> None:
 
     request = json.loads(Path(sys.argv[1]).read_text())
     llm = LLM(**request["engine"], worker_extension_cls="observed.Worker")
-    if request["count"]:
-        llm.collective_rpc("count_ops")
+    for method, arguments in request["before"].items():
+        llm.collective_rpc(method, args=tuple(arguments))
     sampling = SamplingParams(
         temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=True, logprobs=2
     )
