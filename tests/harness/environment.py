@@ -1,6 +1,7 @@
 """What must hold in a process before vLLM is imported in it."""
 
 import importlib
+import importlib.util
 import os
 import sys
 
@@ -30,6 +31,11 @@ def _hide_if_broken(package: str) -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == package]:
             del sys.modules[name]
         sys.modules[package] = None  # type: ignore[assignment]
+
+
+def has_xformers() -> bool:
+    """Whether xFormers is installed; it has builds for x86 processors alone."""
+    return importlib.util.find_spec("xformers") is not None
 
 
 def register_models(*names: str) -> None:

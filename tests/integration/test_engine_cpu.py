@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.environment import has_xformers
 from tests.integration import agreement
 from tests.integration.engine import FAULTS, Process, Run, RunReport, Session, SessionError
 from tests.integration.models import LLAMA as SERVED
@@ -72,9 +73,12 @@ def sessions() -> dict[str, Session]:
         "drafts": Run(LLAMA, PROMPTS, drafts=3),
         **{fault: Run(LLAMA, PROMPTS, fault=fault) for fault in FAULTS},
     }
-    interpreted = {
+    by_splitk = {
         "splitk": replace(short, model=HALF, ops=splitk),
         "splitk drafts": Run(HALF, repetitive, max_tokens=6, drafts=2, ops=splitk),
+    }
+    interpreted = {
+        **(by_splitk if has_xformers() else {}),
         "triton": replace(short, ops="triton"),
         "triton window": replace(short, model=MISTRAL, ops="triton"),
     }
@@ -87,6 +91,7 @@ def sessions() -> dict[str, Session]:
 
 
 Ran = Callable[[str], RunReport]
+needs_xformers = pytest.mark.skipif(not has_xformers(), reason="xformers is not installed")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -188,6 +193,7 @@ def test_one_wrong_key_changes_the_tokens(ran: Ran, fault: str) -> None:
     assert agreement.identical < agreement.answers / 2
 
 
+@needs_xformers
 def test_splitk_decodes_match_cpu_attn(ran: Ran) -> None:
     assert agreed(ran, "splitk", "reference float16", FEW).problems() == []
     report = ran("splitk")
@@ -197,6 +203,7 @@ def test_splitk_decodes_match_cpu_attn(ran: Ran) -> None:
     assert sum(report.ops.values()) > report.forwards
 
 
+@needs_xformers
 def test_splitk_verifies_drafts(ran: Ran) -> None:
     assert agreed(ran, "splitk drafts", "reference float16", REPETITIVE).problems() == []
     assert max(ran("splitk drafts").query_lens("xformers_splitk", "decode")) > 1

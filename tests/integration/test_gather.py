@@ -10,11 +10,14 @@ from fixtures.cases import AttnCase
 from fixtures.inputs import build_inputs
 from reference import gather_kv
 from tests.harness.candidate import bits
+from tests.harness.environment import has_xformers
 from tests.integration.calls import whole_call
 from tests.museum.twins import GatheredOp
 from xfv1.ops import gather
 from xfv1.ops.gather import contiguous_bias, contiguous_kv, picked, pieces
 
+# What an op of xFormers is given is made of xFormers' own masks.
+needs_xformers = pytest.mark.skipif(not has_xformers(), reason="xformers is not installed")
 CASES = (
     AttnCase(scenario="mixed_spec"),
     AttnCase(scenario="mixed_spec", block_size=32, sliding_window=37),
@@ -65,6 +68,7 @@ def test_picked_slots_are_the_caches_bit_for_bit(
         assert torch.equal(bits(made), bits(one_by_one))
 
 
+@needs_xformers
 @pytest.mark.parametrize("most", [1, 24, 60, 1000])
 @pytest.mark.parametrize("of", CASES, ids=lambda case: case.id)
 def test_pieces_are_the_whole_within_what_may_be_gathered(
@@ -119,6 +123,7 @@ def test_requests_that_just_fit_are_one_piece(monkeypatch: pytest.MonkeyPatch) -
         assert [batch.max_query_len for batch in cut] == longest
 
 
+@needs_xformers
 def test_an_op_is_given_keys_values_and_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[torch.Tensor] = []
     monkeypatch.setattr(gather, "attend", lambda call, op, *tensors: given.extend(tensors))
@@ -140,6 +145,7 @@ def test_pieces_are_cut_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         assert one.block_table is other.block_table
 
 
+@needs_xformers
 def test_a_request_without_tokens_is_no_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     of = AttnCase(scenario="mixed_empty")
     call = whole_call(build_inputs(of))

@@ -10,6 +10,7 @@ import torch
 from fixtures.cases import KV_LAYOUTS, AttnCase
 from fixtures.inputs import AttnInputs, build_inputs
 from tests.harness.candidate import Driver, drive, new_output
+from tests.harness.environment import has_xformers
 from tests.integration import test_dispatch
 from tests.integration.calls import whole_call
 from xfv1 import compat, dispatch
@@ -156,6 +157,7 @@ def test_token_major_caches_are_known_by_their_strides(
             call.key_cache.view(flat)
 
 
+@pytest.mark.skipif(not has_xformers(), reason="xformers is not installed")
 def test_xformers_is_told_the_lengths_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its ops differ in which of these they go by, and only one of them runs on a CPU."""
     inputs, driver = driven(MIXED)
