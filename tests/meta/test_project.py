@@ -88,10 +88,12 @@ TEST_MODULES = _sources("tests/**/test_*.py")
 # Commands.
 
 
-def test_ci_runs_the_readmes_two_commands_then_lint_and_types() -> None:
+def test_ci_runs_the_readmes_commands_and_no_other() -> None:
     commands = _shell((ROOT / ".ci" / "run").read_text())
     at = commands.index("python -m pip install tox && tox -e cpu")
-    assert commands[at:] == [*_code("Run it, without a GPU"), "tox -e lint,types"]
+    last = ["tox -e self-avx2", "tox -e lint,types"]
+    assert commands[at:] == [*_code("Run it, without a GPU"), *last]
+    assert all(f"`{command}`" in README for command in last)
     assert _code("Run it, without a GPU") == [
         "python -m pip install tox && tox -e cpu",
         "tox -e self",
@@ -106,7 +108,7 @@ def test_every_environment_that_is_named_is_in_tox() -> None:
     known = {section.removeprefix("testenv:") for section in tox.sections()} | {"cpu"}
     texts = [README, *((ROOT / name).read_text() for name in ("CONTRIBUTING.md", ".ci/run"))]
     for text in texts:
-        for names in re.findall(r"tox -e ([a-z,]+)", text):
+        for names in re.findall(r"tox -e ([a-z0-9,-]+)", text):
             assert set(names.split(",")) <= known
     assert set(tox["tox"]["env_list"].replace(" ", "").split(",")) <= known
 
@@ -128,6 +130,14 @@ def test_cpu_and_self_share_one_environment() -> None:
     own = _tox()["testenv:self"]
     assert own["deps"] == ""
     assert own["commands"].startswith("tox exec -e cpu -- pytest ")
+
+
+def test_the_run_restricted_to_avx2_is_self_once_more() -> None:
+    tox = _tox()
+    plain, restricted = (tox[f"testenv:{name}"] for name in ("self", "self-avx2"))
+    assert restricted["commands"] == plain["commands"].replace("self.xml", "self-avx2.xml")
+    assert restricted["deps"] == plain["deps"] == ""
+    assert "XFV1_PROCESSOR = avx2" in restricted["set_env"]
 
 
 def test_self_runs_every_folder_of_tests_but_the_matrix() -> None:
