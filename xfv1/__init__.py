@@ -3,8 +3,6 @@
 Importing this package imports nothing heavy; vLLM calls `register` in each of its processes.
 """
 
-import os
-
 __version__ = "0.1.0"
 
 BACKEND = "xfv1.backend.XFormersAttentionBackend"
@@ -19,14 +17,16 @@ def register() -> None:
 
     Raises:
         RuntimeError: in a vLLM that is too old for xfv1.
+        ValueError: if XFV1_CPU is neither 0 nor 1.
     """
+    from xfv1 import settings
     from xfv1.compat import check_version
 
     check_version()
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
-    if os.environ.get("XFV1_CPU") == "1":
+    if settings.cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
     # vLLM runs its plugins once a process, but nothing keeps others from doing so again.
     if hasattr(AttentionBackendEnum, "register") and NAME not in AttentionBackendEnum.__members__:
