@@ -22,11 +22,12 @@ def register() -> None:
     from xfv1 import settings
     from xfv1.compat import check_version
 
+    on_cpu = settings.cpu()
     check_version()
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
-    if settings.cpu():
+    if on_cpu:
         register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
     # vLLM runs its plugins once a process, but nothing keeps others from doing so again.
     if hasattr(AttentionBackendEnum, "register") and NAME not in AttentionBackendEnum.__members__:

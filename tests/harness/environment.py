@@ -5,13 +5,13 @@ import importlib.util
 import os
 import sys
 
-INSTALL = 'pip install -e ".[cpu,test]", in the checkout; with a GPU, ".[cuda,test]"'
+INSTALL = 'pip install -e ".[cpu,test]" in the checkout, or with a GPU ".[cuda,test]"'
 
 
 def not_installed(*packages: str) -> str:
     """A line that names those of the packages that are not installed; empty if all are."""
     absent = [name for name in packages if importlib.util.find_spec(name) is None]
-    return f"not installed: {', '.join(absent)}: expected {INSTALL}" if absent else ""
+    return f"not installed: {', '.join(absent)}; to install: {INSTALL}" if absent else ""
 
 
 def require(*packages: str) -> None:

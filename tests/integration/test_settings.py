@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import xfv1
 from xfv1 import settings, wording
 from xfv1.dispatch import OPS
 
@@ -95,6 +96,16 @@ def test_a_switch_is_0_or_1(
         for call in (read, settings.check):
             with pytest.raises(ValueError, match=f"^{name}='{setting}': expected 0 or 1$"):
                 call()
+
+
+def test_a_wrong_switch_registers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention.backends import registry
+
+    monkeypatch.setattr(registry, "_ATTN_OVERRIDES", {})
+    monkeypatch.setenv("XFV1_CPU", "yes")
+    with pytest.raises(ValueError, match=r"^XFV1_CPU='yes': expected 0 or 1$"):
+        xfv1.register()
+    assert registry._ATTN_OVERRIDES == {}
 
 
 def test_a_long_or_broken_text_becomes_one_short_line() -> None:
