@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -156,21 +156,30 @@ class ReportPlugin:
         Raises:
             pytest.UsageError: if --report is no folder that can be written to.
         """
+        where = f"--report={self.config.getoption('--report')}"
         try:
-            self.made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.earlier = {path: path.read_bytes() for path in self._files() if path.exists()}
-            for path in self.earlier:
-                path.unlink()
+            for path in self._files():
+                if path.parent != self.folder:
+                    where = f"--junitxml={self.config.option.xmlpath}"
+                self._clear(path)
             self.begun = True
             self._note()
         except OSError as error:
             with contextlib.suppress(OSError):
                 self.undo()
-            given = self.config.getoption("--report")
             why = f"{error.strerror} ({shown(error.filename)})"
             expected = "expected a folder that can be written to"
-            raise pytest.UsageError(one_line(f"--report={given}: {why}: {expected}")) from error
+            raise pytest.UsageError(one_line(f"{where}: {why}: {expected}")) from error
+
+    def _clear(self, path: Path) -> None:
+        """Remove a file that can be written afterwards; `undo` puts it back."""
+        folders = (path.parent, *path.parent.parents)
+        self.made += [folder for folder in folders if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self.earlier[path] = path.read_bytes()
+        path.touch()
+        path.unlink()
 
     def undo(self) -> None:
         """Put back what was there before `begin`."""
@@ -270,12 +279,20 @@ class ReportPlugin:
         # By the user, by -x, or by a test that ends the session.
         self.stopped_by = str(excinfo.value) or excinfo.typename
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if exitstatus == pytest.ExitCode.USAGE_ERROR:
-            self.undo()
-        if not self.begun:
-            return
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(
+        self, session: pytest.Session, exitstatus: int
+    ) -> Generator[None, object, object]:
+        """After other plugins have written what they write, or have failed to."""
+        try:
+            return (yield)
+        finally:
+            if exitstatus == pytest.ExitCode.USAGE_ERROR:
+                self.undo()
+            if self.begun:
+                self._end(session, exitstatus)
+
+    def _end(self, session: pytest.Session, exitstatus: int) -> None:
         # A failure, known or not, has been compared with what is right.
         if not any(r.elements or r.status in ("known", "failed") for r in self.results):
             self.problems.append("nothing was compared: every case was refused or none was run")
