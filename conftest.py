@@ -1,5 +1,6 @@
 """pytest's options, markers and fixtures: the suite's command line."""
 
+import faulthandler
 import functools
 import os
 from collections.abc import Callable
@@ -24,11 +25,15 @@ from xfv1.wording import one_line  # noqa: E402
 
 pytest_plugins = ["tests.harness.options"]
 REPORT = "conformance-report"
+STDERR = pytest.StashKey[int]()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     _share_machine()
+    # A copy, as pytest captures stderr itself.
+    config.stash[STDERR] = os.dup(2)
+    config.add_cleanup(lambda: os.close(config.stash[STDERR]))
     if hasattr(config, "workerinput"):
         return
     report = ReportPlugin(config, command_line.candidate_name(config), _tier(config))
@@ -78,6 +83,10 @@ def _candidate(config: pytest.Config) -> type[Any]:
 
     candidate = load_candidate(command_line.candidate_name(config))
     xfv1.register()
+    if faulthandler.is_enabled():
+        # A library that vLLM imports has taken over the signals of crashes.
+        faulthandler.disable()
+        faulthandler.enable(file=config.stash[STDERR])
     return candidate
 
 

@@ -65,7 +65,8 @@ def named(name: str) -> tuple[str, str]:
     if module_name and module_name[0] != "." and class_name.isidentifier():
         return module_name, class_name
     # vLLM's own settings have a dot before the class.
-    near = did_you_mean(name, ("xfv1", *[":".join(name.rsplit(".", 1))] * ("." in name)))
+    dotted = [":".join(name.rsplit(".", 1))] if "." in name and ":" not in name else []
+    near = did_you_mean(name, ("xfv1", *dotted))
     raise CandidateError(f"--candidate={name}: expected xfv1 or package.module:Class{near}")
 
 

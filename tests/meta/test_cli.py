@@ -316,6 +316,8 @@ def test_a_process_that_dies_in_a_test_leaves_a_report_that_names_it(
     candidate = f"--candidate={WRONG}:{name}"
     run = run_once(tmp_path, *SMALL, "-p", "no:xdist", candidate, "-k", chosen)
     assert run.status == status
+    # With the stack, where the process can still say it.
+    assert ("in forward" in run.output) == (status < 0)
     assert run.results["candidate"] == f"{WRONG}:{name}"
     assert not run.results["complete"]
     (problem,) = run.results["problems"]
