@@ -28,6 +28,10 @@ DEFAULT = "xfv1"
 # pytest's options with which a session runs no test.
 LOOKING = ("collectonly", "setupplan", "showfixtures", "show_fixtures_per_test", "cacheshow")
 
+# A name in an expression of -k or -m, as pytest reads it, and what may stand between names.
+NAME = r"[\w:+\-.\[\]\\/]+"
+OPERATORS = ("and", "or", "not", "True", "False")
+
 
 def candidate_name(config: pytest.Config) -> str:
     """What --candidate names."""
@@ -88,7 +92,7 @@ def check(config: pytest.Config) -> None:
         ("", settings.check),
         ("", profile),
         ("", lambda: _check_values(config)),
-        ("", lambda: _check_tier(config)),
+        ("", lambda: _check_selection(config)),
         ("", lambda: named(candidate_name(config))),
         ("--case: ", lambda: extra_cases(tuple(option.case), ())),
         ("--hf-config: ", lambda: extra_cases((), tuple(option.hf_config))),
@@ -118,17 +122,37 @@ def _check_values(config: pytest.Config) -> None:
         raise ValueError(line)
 
 
-def _check_tier(config: pytest.Config) -> None:
-    """A word that is no marker selects nothing; pytest itself says so late, or not at all."""
+def _check_selection(config: pytest.Config) -> None:
+    """Paths, -k and -m. pytest says what is wrong with them late, and from a worker not at all."""
+    for path, _ in _arguments(config):
+        if not (config.option.pyargs or os.path.exists(config.invocation_params.dir / path)):
+            raise ValueError(f"{path}: no such file or folder: expected tests/conformance")
+    _check_expression("-k", config.option.keyword)
+    # A marker may have arguments in brackets.
+    if "=" not in config.option.markexpr:
+        _check_expression("-m", config.option.markexpr)
+        _check_markers(config)
+
+
+def _check_expression(option: str, text: str) -> None:
+    form = re.sub(NAME, lambda name: name[0] if name[0] in OPERATORS else "x", text)
+    try:
+        if not re.fullmatch(r"[\w\s()]*", form):
+            raise SyntaxError
+        compile(form.strip() or "x", option, "eval")
+    except SyntaxError as error:
+        accepted = "names with and, or, not and brackets"
+        raise ValueError(f"{option} {shown(text)}: expected {accepted}") from error
+
+
+def _check_markers(config: pytest.Config) -> None:
+    """A word that is no marker selects nothing."""
     expression: str = config.option.markexpr
-    if not re.fullmatch(r"[\w\s()]*", expression):
-        return
     lines: list[str] = config.getini("markers")
     known = [re.split(r"\W", line, maxsplit=1)[0] for line in lines]
-    for word in re.findall(r"\w+", expression):
-        if word not in ("and", "or", "not", "True", "False", *known):
-            near = did_you_mean(word, known)
-            tiers = ", ".join(TIERS)
+    for word in re.findall(NAME, expression):
+        if word not in (*OPERATORS, *known):
+            near, tiers = did_you_mean(word, known), ", ".join(TIERS)
             raise ValueError(
                 f"-m {shown(expression)}: no marker {word}{near}, the tiers are {tiers}"
             )

@@ -42,6 +42,11 @@ FORMS = {
     "XFV1_CPU=yes": "XFV1_CPU='yes': expected 0 or 1",
     "HYPOTHESIS_PROFILE=nightli": "HYPOTHESIS_PROFILE='nightli': expected one of ci, nightly,",
     "-msmok": "-m 'smok': no marker smok (did you mean smoke?), the tiers are smoke, cpu, gpu,",
+    "-msmoke and": "-m 'smoke and': expected names with and, or, not and brackets",
+    "-kdecode and or": "-k 'decode and or': expected names with and, or, not and brackets",
+    "-kdecode&fp8": "-k 'decode&fp8': expected names",
+    "tests/typo": "tests/typo: no such file or folder: expected tests/conformance",
+    LONG: "no such file or folder: expected tests/conformance",
     "-mCPU": "no marker CPU (did you mean cpu?)",
     "--candidate=": "--candidate=: expected xfv1 or package.module:Class",
     "--candidate=nonsense": "--candidate=nonsense: expected xfv1 or package.module:Class",
@@ -132,7 +137,9 @@ def test_a_wrong_form_is_one_line_and_a_usage_error(tmp_path: Path) -> None:
     _files(tmp_path)
     before = sorted(tmp_path.iterdir())
     commands = [command.replace("{}", str(tmp_path)) for command in FORMS]
-    runs = run_suite(tmp_path, *([*c.split(" "), "tests/conformance"] for c in commands))
+    # Two options are words of their own, an expression is one.
+    words = (re.split(r" (?=-)", command) for command in commands)
+    runs = run_suite(tmp_path, *([*word, "tests/conformance"] for word in words))
     for command, said, run in zip(commands, FORMS.values(), runs, strict=True):
         assert run.status == 4, command
         assert len(run.errors) == 1, run.output
