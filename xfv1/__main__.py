@@ -16,7 +16,7 @@ from typing import Any
 from xfv1 import __version__, settings
 from xfv1.wording import cause, one_line, shown
 
-# What xfv1 serves nothing without, and how to get it.
+# Packages that xfv1 cannot do without, and how to install them.
 NEEDED = ("torch", "vllm")
 INSTALL = 'pip install "xfv1[cuda]", or on a machine without a GPU pip install "xfv1[cpu]"'
 # No number in a config.json is larger.

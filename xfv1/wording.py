@@ -1,4 +1,4 @@
-"""How xfv1 and its suite word an error: in one line, with the nearest accepted word."""
+"""The wording of errors in xfv1 and its suite: one line, with the nearest accepted word."""
 
 import difflib
 import reprlib

@@ -1,4 +1,4 @@
-"""What a command line asks for, and whether it can be; vLLM is not imported for that.
+"""The command line and the settings of a run, checked before vLLM is imported.
 
 Each complaint is one line: the option or variable, its value, what is accepted.
 """
@@ -25,7 +25,7 @@ from xfv1.wording import did_you_mean, one_line, shown
 ROOT = Path(__file__).resolve().parents[2]
 CONFORMANCE = ROOT / "tests" / "conformance"
 DEFAULT = "xfv1"
-# pytest's options with which a session runs no test.
+# With these options of pytest's a session runs no test.
 LOOKING = ("collectonly", "setupplan", "showfixtures", "show_fixtures_per_test", "cacheshow")
 
 # A name in an expression of -k or -m, as pytest reads it, and what may stand between names.
@@ -34,7 +34,7 @@ OPERATORS = ("and", "or", "not", "True", "False")
 
 
 def candidate_name(config: pytest.Config) -> str:
-    """What --candidate names."""
+    """The name that --candidate gives, or the default."""
     given: list[str] = config.getoption("--candidate")
     return given[-1] if given else DEFAULT
 
@@ -56,7 +56,7 @@ def includes_conformance(config: pytest.Config) -> bool:
 
 
 def tier(config: pytest.Config, device_type: str) -> str:
-    """What -m chooses; without it the device's tier, unless the id of a test names its case."""
+    """The tier that -m chooses; without -m the device's, or any if a test's id names a case."""
     chosen: str = config.option.markexpr
     if chosen or any("[" in name for _, name in _arguments(config)):
         return chosen
@@ -82,7 +82,7 @@ def extra_cases(ids: tuple[str, ...], configs: tuple[str, ...]) -> dict[str, Att
 
 
 def check(config: pytest.Config) -> None:
-    """Everything that can be wrong with settings and options, but for the report's folder.
+    """Check the settings and all options but the report's folder.
 
     Raises:
         pytest.UsageError: in one line.
@@ -91,6 +91,7 @@ def check(config: pytest.Config) -> None:
     checks: list[tuple[str, Callable[[], Any]]] = [
         ("", settings.check),
         ("", profile),
+        ("", lambda: _check_installed(config)),
         ("", lambda: _check_values(config)),
         ("", lambda: _check_selection(config)),
         ("", lambda: named(candidate_name(config))),
@@ -118,12 +119,15 @@ def _check_values(config: pytest.Config) -> None:
             raise ValueError(f"{name}=: expected {accepted}")
     if len(set(option.candidate)) > 1:
         raise ValueError(f"--candidate={shown(option.candidate)}: expected one")
+
+
+def _check_installed(config: pytest.Config) -> None:
     if includes_conformance(config) and (line := not_installed("vllm")):
         raise ValueError(line)
 
 
 def _check_selection(config: pytest.Config) -> None:
-    """Paths, -k and -m. pytest says what is wrong with them late, and from a worker not at all."""
+    """Check paths, -k and -m: pytest finds an error there late, and workers do not report it."""
     for path, _ in _arguments(config):
         if not (config.option.pyargs or os.path.exists(config.invocation_params.dir / path)):
             raise ValueError(f"{path}: no such file or folder: expected tests/conformance")

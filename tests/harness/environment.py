@@ -9,7 +9,7 @@ INSTALL = 'pip install -e ".[cpu,test]" in the checkout, or with a GPU ".[cuda,t
 
 
 def not_installed(*packages: str) -> str:
-    """A line that names those of the packages that are not installed; empty if all are."""
+    """A line that names the packages that are not installed; empty if all are installed."""
     absent = [name for name in packages if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(absent)}; to install: {INSTALL}" if absent else ""
 

@@ -130,8 +130,8 @@ def add_problem(config: pytest.Config, problem: str) -> None:
 class ReportPlugin:
     """Collects results on the controlling process and reports them when all is done.
 
-    candidate: as --candidate names it. tier: what is run. folder: where the report goes. running:
-    what has begun and not ended, tests by their ids.
+    candidate: as --candidate names it. tier: of the tests that are run. folder: of the report.
+    running: ids of tests, or names of other steps, that have begun and not ended.
     """
 
     def __init__(self, config: pytest.Config, candidate: str, tier: str) -> None:

@@ -32,7 +32,7 @@ LLAMA = {
     "hidden_size": 512,
 }
 LONG = "x" * 5000
-# By the wrong command, with {} for a folder: what its one line must say. vLLM is not needed.
+# Wrong commands, and what the one line must say that answers each. {} stands for a folder.
 FORMS = {
     "XFV1_OPS=tritn": "XFV1_OPS='tritn': no op 'tritn' (did you mean triton?), expected names",
     "XFV1_OPS=TORCH,Triton": "no op 'TORCH' (did you mean torch?)",
@@ -86,7 +86,7 @@ FORMS = {
     "--report=/dev/null": "--report=/dev/null: File exists ('/dev/null'): expected a folder",
     f"--report={{}}/new/{LONG}": "expected a folder that can be written to",
 }
-# By the wrong candidate: what its one line must say. It has to be imported for that.
+# Wrong candidates, and what the one line must say that answers each.
 CANDIDATES = {
     "no.such:Backend": "cannot import no.such: ModuleNotFoundError: No module named 'no'",
     "leaves:Backend": "--candidate=leaves:Backend: cannot import leaves: SystemExit: 3",
@@ -109,7 +109,7 @@ MODULES = {
     "broken": "def",
     "hides": "def __getattr__(name): raise RuntimeError(f'no {name}')",
 }
-# Programs that end, or never do, while a candidate is imported.
+# Modules of candidates that end the process or never end, and the exit status.
 ENDINGS = {
     "import os; os._exit(3)": 3,
     "import ctypes; ctypes.string_at(0)": -signal.SIGSEGV,
@@ -118,7 +118,7 @@ ENDINGS = {
 
 
 def _files(folder: Path) -> None:
-    """What the wrong commands name."""
+    """Make the files that the wrong commands name."""
     broken = LLAMA | {"num_attention_heads": "many"}
     (folder / "config.json").write_text(json.dumps(broken))
     (folder / "dangling").symlink_to(folder / "nowhere")
@@ -354,7 +354,7 @@ def test_a_process_that_dies_while_a_candidate_loads_leaves_a_report(
 
 
 def test_a_report_replaces_the_one_before_when_a_run_begins(tmp_path: Path) -> None:
-    """Its files and nothing else; who only looks, or is wrong, loses nothing."""
+    """It replaces its own files and no others. A usage error or a listing replaces nothing."""
     report = tmp_path / "report"
     report.mkdir()
     files = [report / name for name in ("results.json", "results.jsonl", "junit.xml", "notes")]
@@ -392,7 +392,7 @@ def test_a_report_replaces_the_one_before_when_a_run_begins(tmp_path: Path) -> N
 
 
 def test_a_run_may_be_started_anywhere(tmp_path: Path) -> None:
-    """Of a checkout whose path has a space, by options whose values are words of their own."""
+    """The checkout's path has a space, and so have the options' values, which are own words."""
     checkout, here = tmp_path / "check out", tmp_path / "else where"
     for name in ("fixtures", "reference", "tests", "xfv1"):
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,4 +1,4 @@
-"""What somebody meets who installs the wheel alone, without torch or vLLM."""
+"""The wheel alone, without torch or vLLM: does it say what to install?"""
 
 import json
 import shutil
