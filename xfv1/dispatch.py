@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from xfv1 import settings
 from xfv1.ops.base import DECODE, ENCODER, PREFILL, Batch, Device, Layer, Op
 from xfv1.ops.torch_cpu import TorchCpu
 from xfv1.ops.triton_paged import TritonPaged
@@ -31,10 +32,6 @@ OPS: dict[str, Op] = {
         TorchCpu(),
     )
 }
-
-
-class UnknownOp(ValueError):
-    """XFV1_OPS names an op that does not exist."""
 
 
 class NoOp(NotImplementedError):
@@ -115,25 +112,9 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def allowed_ops(setting: str | None = None) -> tuple[str, ...] | None:
-    """The names in XFV1_OPS, in its order, or None where it is not set.
-
-    Raises:
-        UnknownOp: listing the names there are.
-    """
-    setting = os.environ.get("XFV1_OPS", "") if setting is None else setting
-    names = tuple(name.strip() for name in setting.split(",") if name.strip())
-    for name in names:
-        if name not in OPS:
-            raise UnknownOp(
-                f"XFV1_OPS={setting!r}: no op {name!r}, expected among {', '.join(OPS)}"
-            )
-    return names or None
-
-
 def order_of(layer: Layer, batch: Batch, device: Device) -> Sequence[str]:
     """Names of the ops to try, best first: XFV1_OPS where set, else the first rule that fits."""
-    return allowed_ops() or next(
+    return settings.ops() or next(
         (rule.order for rule in RULES if rule.fits(layer, batch, device)), tuple(OPS)
     )
 

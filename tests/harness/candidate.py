@@ -30,6 +30,7 @@ from fixtures.inputs import (
     build_slopes,
 )
 from tests.harness.environment import register_models
+from xfv1.wording import cause, did_you_mean, shown
 
 XFV1 = "xfv1.backend:XFormersAttentionBackend"
 # A NaN with a payload of its own: an output row nobody may write keeps these very bits.
@@ -38,7 +39,7 @@ UNTOUCHED = {1: 0x7D, 2: 0x7FDB, 4: 0x7FDBDBDB}
 MAX_CAPTURED = 512
 
 
-class CandidateError(Exception):
+class CandidateError(ValueError):
     """--candidate names nothing that can be tested; the message says why."""
 
 
@@ -54,29 +55,74 @@ class Refused(Exception):
         self.reasons = reasons
 
 
-def load_candidate(name: str) -> type[Any]:
-    """The backend class that ``--candidate`` names: "xfv1", or "package.module:Class".
+def named(name: str) -> tuple[str, str]:
+    """Module and class that ``--candidate`` names: "xfv1", or "package.module:Class".
 
     Raises:
-        CandidateError: one clear line, for a wrong form, an import error, a missing name or a
-            class that is no AttentionBackend.
+        CandidateError: for another form.
     """
-    path = XFV1 if name == "xfv1" else name
-    module_name, _, class_name = path.partition(":")
-    if not module_name or not class_name:
-        raise CandidateError(f"--candidate={name}: expected xfv1 or package.module:Class")
-    try:
+    module_name, _, class_name = (XFV1 if name == "xfv1" else name).partition(":")
+    if module_name and module_name[0] != "." and class_name.isidentifier():
+        return module_name, class_name
+    # vLLM's own settings have a dot before the class.
+    dotted = [":".join(name.rsplit(".", 1))] if "." in name and ":" not in name else []
+    near = did_you_mean(name, ("xfv1", *dotted))
+    raise CandidateError(f"--candidate={name}: expected xfv1 or package.module:Class{near}")
+
+
+def load_candidate(name: str) -> type[Any]:
+    """The backend class that ``--candidate`` names.
+
+    Raises:
+        CandidateError: one clear line, for a wrong form, an import error, a missing name, a class
+            that is no AttentionBackend, or one that does not say its name, impl and builder.
+    """
+    module_name, class_name = named(name)
+    with _explained(f"--candidate={name}: cannot import {module_name}"):
         module = importlib.import_module(module_name)
-    except Exception as error:
-        raise CandidateError(f"--candidate={name}: cannot import {module_name}: {error}") from error
-    candidate = getattr(module, class_name, None)
+    with _explained(f"--candidate={name}: {module_name} gives no {class_name}"):
+        candidate = getattr(module, class_name, None)
     if candidate is None:
-        raise CandidateError(f"--candidate={name}: {module_name} has no {class_name}")
+        near = did_you_mean(class_name, dir(module))
+        raise CandidateError(f"--candidate={name}: {module_name} has no {class_name}{near}")
     from vllm.v1.attention.backend import AttentionBackend
 
     if not (isinstance(candidate, type) and issubclass(candidate, AttentionBackend)):
         raise CandidateError(f"--candidate={name}: {class_name} is no subclass of AttentionBackend")
+    _check_methods(name, candidate)
     return candidate
+
+
+def _check_methods(name: str, candidate: type[Any]) -> None:
+    """A backend says its name, and the classes of its impl and its builder."""
+    for method, kind, needs in (
+        ("get_name", str, ()),
+        ("get_impl_cls", type, ("forward",)),
+        ("get_builder_cls", type, ("build",)),
+    ):
+        with _explained(f"--candidate={name}: {method}() raises"):
+            answer = getattr(candidate, method)()
+        if not isinstance(answer, kind):
+            wanted = "a name" if kind is str else "a class"
+            raise CandidateError(
+                f"--candidate={name}: {method}()={shown(answer)}: expected {wanted}"
+            )
+        absent = {need for need in needs if not callable(getattr(answer, need, None))}
+        absent |= getattr(answer, "__abstractmethods__", frozenset())
+        if absent:
+            methods = ", ".join(sorted(absent))
+            raise CandidateError(f"--candidate={name}: {method}()={shown(answer)} has no {methods}")
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn whatever a candidate raises, but an interrupt by the user, into a CandidateError."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise CandidateError(f"{what}: {cause(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -142,9 +188,10 @@ class Driver:
             return
         if self.case.attention in ("encoder", "cross"):
             return
-        self.layer.impl.do_kv_cache_update(
-            self.layer, inputs.key, inputs.value, cache, inputs.slot_mapping
-        )
+        with _vllm_config(self.config):
+            self.layer.impl.do_kv_cache_update(
+                self.layer, inputs.key, inputs.value, cache, inputs.slot_mapping
+            )
 
     def forward(
         self, inputs: AttnInputs, cache: torch.Tensor, metadata: Any, output: torch.Tensor
@@ -484,10 +531,20 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _vllm_config(config: Any) -> Iterator[None]:
+    """Where the candidate's code runs: vLLM knows the config, and no exit ends the process.
+
+    Raises:
+        Mismatch: in place of a SystemExit, after which pytest could run no further test.
+    """
     from vllm.config import set_current_vllm_config
 
     with set_current_vllm_config(config):
-        yield
+        try:
+            yield
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            raise Mismatch(f"the candidate raised {cause(error)}") from error
 
 
 def config_of(case: AttnCase) -> Any:

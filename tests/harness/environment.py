@@ -5,6 +5,24 @@ import importlib.util
 import os
 import sys
 
+INSTALL = 'pip install -e ".[cpu,test]" in the checkout, or with a GPU ".[cuda,test]"'
+
+
+def not_installed(*packages: str) -> str:
+    """A line that names the packages that are not installed; empty if all are installed."""
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}; to install: {INSTALL}" if absent else ""
+
+
+def require(*packages: str) -> None:
+    """End the process, with one line, if a package is not installed.
+
+    For a conftest: whatever else is raised there, pytest shows with a traceback.
+    """
+    if line := not_installed(*packages):
+        sys.stderr.write(f"ERROR: {line}\n")
+        sys.exit(4)
+
 
 def prepare() -> None:
     """Make vLLM importable offline and single-process; call it before anything imports vLLM."""

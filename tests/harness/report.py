@@ -1,8 +1,11 @@
 """From test outcomes to a table, report/results.json and a verdict on the run itself."""
 
+import contextlib
 import json
+import os
 import time
 from collections import Counter, defaultdict
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +13,16 @@ from typing import Any
 import pytest
 
 from fixtures.cases import CUSTOM, AttnCase, CaseError
+from tests.harness.command_line import conforms
 from tests.harness.provenance import environment
+from xfv1.wording import one_line, shown
 
 COLUMNS = ("plain", "sliding_window", "softcap", "alibi", "sinks", "fp8", "other")
 STATUSES = ("passed", "refused", "known", "failed")
 PROPERTY = "conformance"
 PROBLEM = "conformance_problems"
+# Exit statuses of a run that has ended: passed, failed, without tests.
+ENDED = (0, 1, 5)
 # The end of a failure's text holds what was wrong.
 ERROR_CHARACTERS = 1500
 
@@ -121,23 +128,108 @@ def add_problem(config: pytest.Config, problem: str) -> None:
 
 
 class ReportPlugin:
-    """Collects results on the controlling process and reports them when all is done."""
+    """Collects results on the controlling process and reports them when all is done.
 
-    def __init__(self, config: pytest.Config) -> None:
+    candidate: as --candidate names it. tier: of the tests that are run. folder: of the report.
+    running: ids of tests, or names of other steps, that have begun and not ended.
+    """
+
+    def __init__(self, config: pytest.Config, candidate: str, tier: str) -> None:
         self.config = config
+        self.candidate, self.tier = candidate, tier
+        given: str = config.getoption("--report")
+        self.folder = config.invocation_params.dir / os.path.expanduser(given)
         self.results: list[Result] = []
         self.setups: dict[str, float] = {}
+        self.running: dict[str, None] = {}
+        self.stopped_by = ""
         self.began = time.perf_counter()
         self.problems = config.stash.setdefault(PROBLEMS, [])
-        self.folder = Path(config.getoption("--report"))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "results.jsonl").unlink(missing_ok=True)
+        # The report of an earlier run, and folders that were not there.
+        self.earlier: dict[Path, bytes] = {}
+        self.made: list[Path] = []
+        self.begun = False
+
+    def begin(self) -> None:
+        """Replace the report of an earlier run by one that says that this run has not ended.
+
+        Raises:
+            pytest.UsageError: if --report is no folder that can be written to.
+        """
+        where = f"--report={self.config.getoption('--report')}"
+        try:
+            for path in self._files():
+                if path.parent != self.folder:
+                    where = f"--junitxml={self.config.option.xmlpath}"
+                self._clear(path)
+            self.begun = True
+            self._note()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.undo()
+            why = f"{error.strerror} ({shown(error.filename)})"
+            expected = "expected a folder that can be written to"
+            raise pytest.UsageError(one_line(f"{where}: {why}: {expected}")) from error
+
+    def _clear(self, path: Path) -> None:
+        """Remove a file that can be written afterwards; `undo` puts it back."""
+        folders = (path.parent, *path.parent.parents)
+        self.made += [folder for folder in folders if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self.earlier[path] = path.read_bytes()
+        path.touch()
+        path.unlink()
+
+    def undo(self) -> None:
+        """Put back what was there before `begin`."""
+        for path in self._files() if self.begun else ():
+            path.unlink(missing_ok=True)
+        for path, content in self.earlier.items():
+            path.write_bytes(content)
+        for path in self.made:
+            # It may never have been made, or hold what the candidate put there.
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        self.begun = False
+
+    @contextlib.contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """Put on record that the run is in this block, for the case that the process dies there."""
+        self._note(what)
+        yield
+        self.running.pop(what)
+        self._note()
+
+    def _note(self, *started: str) -> None:
+        self.running |= dict.fromkeys(started)
+        if not self.begun:
+            return
+        running = f"; running: {', '.join(self.running)}" if self.running else ""
+        problem = f"this run has not ended, or its process died{running}"
+        self._save(complete=False, problems=[problem])
+
+    def _files(self) -> list[Path]:
+        """All that a run writes."""
+        names = [self.folder / "results.json", self.folder / "results.jsonl"]
+        junit = getattr(self.config.option, "xmlpath", None)
+        # As pytest reads it.
+        return [*names, Path(os.path.expanduser(os.path.expandvars(junit)))] if junit else names
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._note(nodeid)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self.running.pop(nodeid, None)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         # A parameter may hold anything, a path or "::" too.
         path, _, name = report.nodeid.partition("::")
-        if "tests/conformance/" not in path.replace("\\", "/"):
+        if not conforms(self.config.rootpath / path):
             return
+        # Tests can be named in ways that the command line does not show, by --pyargs for one.
+        if not self.begun:
+            self.begin()
         # A test's outcome is its call's, or its setup's where that did not pass.
         if report.when != "call" and report.passed:
             if report.when == "setup":
@@ -171,6 +263,8 @@ class ReportPlugin:
                 error=report.longreprtext[-ERROR_CHARACTERS:] if status == "failed" else "",
             )
         )
+        # xdist reports no end of a test in which its worker died.
+        self.running.pop(report.nodeid, None)
         # A run that is cut short keeps what it has found.
         with (self.folder / "results.jsonl").open("a") as stream:
             stream.write(json.dumps(asdict(self.results[-1])) + "\n")
@@ -181,31 +275,51 @@ class ReportPlugin:
         found = getattr(node, "workeroutput", {}).get(PROBLEM, [])
         self.problems += [problem for problem in found if problem not in self.problems]
 
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if not self.results or session.config.option.collectonly:
-            return
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        # By the user, by -x, or by a test that ends the session.
+        self.stopped_by = str(excinfo.value) or excinfo.typename
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(
+        self, session: pytest.Session, exitstatus: int
+    ) -> Generator[None, object, object]:
+        """After other plugins have written what they write, or have failed to."""
+        try:
+            return (yield)
+        finally:
+            if exitstatus == pytest.ExitCode.USAGE_ERROR:
+                self.undo()
+            if self.begun:
+                self._end(session, exitstatus)
+
+    def _end(self, session: pytest.Session, exitstatus: int) -> None:
         # A failure, known or not, has been compared with what is right.
         if not any(r.elements or r.status in ("known", "failed") for r in self.results):
             self.problems.append("nothing was compared: every case was refused or none was run")
-        if self.problems and exitstatus in (0, 5):
+        stopped = str(session.shouldfail or session.shouldstop or self.stopped_by)
+        complete = exitstatus in ENDED and not stopped
+        if not complete:
+            why = stopped or f"exit status {int(exitstatus)}"
+            self.problems.append(f"this run was cut short: {why}")
+        if self.problems and self.results and exitstatus in (0, 5):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        self._write()
-
-    def _write(self) -> None:
         counts = Counter(result.status for result in self.results)
-        content = {
-            "candidate": self.config.getoption("--candidate"),
-            "tier": self.config.option.markexpr,
+        self._save(
+            complete=complete,
             **environment(),
-            "workers": getattr(self.config.option, "numprocesses", None) or 1,
-            "seconds": round(time.perf_counter() - self.began, 1),
-            "counts": {status: counts[status] for status in STATUSES},
-            "cases": len({result.case for result in self.results} - {""}),
-            "elements": sum(result.elements for result in self.results),
-            "problems": self.problems,
-            "coverage": self._coverage(),
-            "results": [asdict(result) for result in self.results],
-        }
+            workers=getattr(self.config.option, "numprocesses", None) or 1,
+            seconds=round(time.perf_counter() - self.began, 1),
+            counts={status: counts[status] for status in STATUSES},
+            cases=len({result.case for result in self.results} - {""}),
+            elements=sum(result.elements for result in self.results),
+            problems=self.problems,
+            coverage=self._coverage(),
+            results=[asdict(result) for result in self.results],
+        )
+
+    def _save(self, **facts: Any) -> None:
+        """Write results.json, whole or not at all."""
+        content = {"candidate": self.candidate, "tier": self.tier, **facts}
         target = self.folder / "results.json"
         partial = target.with_suffix(".tmp")
         partial.write_text(json.dumps(content, indent=1))
@@ -216,7 +330,7 @@ class ReportPlugin:
         from fixtures.covering import coverage_line
 
         option = self.config.option
-        tier = {"cpu": "cpu", "gpu": "gpu", "long": "gpu"}.get(option.markexpr)
+        tier = {"cpu": "cpu", "gpu": "gpu", "long": "gpu"}.get(self.tier)
         if tier is None or option.keyword or option.case:
             return ""
         asked = [r for r in self.results if r.test == "test_output_matches_reference"]
@@ -227,7 +341,7 @@ class ReportPlugin:
         if not self.results:
             return
         write = terminalreporter.write_line
-        terminalreporter.section(f"candidate {self.config.getoption('--candidate')}")
+        terminalreporter.section(f"candidate {self.candidate}")
         for line in table(self.results):
             write(line)
         for status in ("refused", "known"):
@@ -238,7 +352,7 @@ class ReportPlugin:
         again = [f"--case={r.case}" if r.case else f"-k {r.test}" for r in failed]
         # Each case once, whichever of its tests fail.
         for chosen in dict.fromkeys(again):
-            write(f"rerun: pytest --candidate={self.config.getoption('--candidate')} {chosen}")
+            write(f"rerun: pytest --candidate={self.candidate} {chosen}")
         if line := self._coverage():
             write(line)
         for problem in self.problems:

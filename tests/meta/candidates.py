@@ -1,7 +1,13 @@
 """Backends that are wrong in one way each: what --candidate must not let pass."""
 
+import ctypes
+import faulthandler
+import os
+import sys
 import time
 from typing import Any
+
+from vllm.v1.attention.backend import AttentionBackend
 
 from xfv1.backend import XFormersAttentionBackend
 from xfv1.impl import XFormersImpl
@@ -55,6 +61,8 @@ class RefusesAll(XFormersAttentionBackend):
 class _EndlessImpl(XFormersImpl):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs["output"].shape[0] > 2:
+            # The limit that pytest has set for the test, but sooner.
+            faulthandler.dump_traceback_later(1, exit=True)
             time.sleep(3600)
         return super().forward(*args, **kwargs)
 
@@ -65,3 +73,108 @@ class PrefillsNeverEnd(XFormersAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[XFormersImpl]:
         return _EndlessImpl
+
+
+# Candidates that end the process, or try to.
+
+
+class ValidationExits(XFormersAttentionBackend):
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        sys.exit("left in validate_configuration")
+
+
+class _LeavingImpl(XFormersImpl):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        sys.exit("left in the constructor")
+
+
+class ConstructorExits(XFormersAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[XFormersImpl]:
+        return _LeavingImpl
+
+
+class _ForwardExits(XFormersImpl):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        sys.exit("left in forward")
+
+
+class ForwardExits(XFormersAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[XFormersImpl]:
+        return _ForwardExits
+
+
+class _ForwardInterrupts(XFormersImpl):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+
+class ForwardInterrupts(XFormersAttentionBackend):
+    """xfv1, but the user ends the run meanwhile."""
+
+    @staticmethod
+    def get_impl_cls() -> type[XFormersImpl]:
+        return _ForwardInterrupts
+
+
+class _ForwardDies(XFormersImpl):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        os._exit(3)
+
+
+class ForwardDies(XFormersAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[XFormersImpl]:
+        return _ForwardDies
+
+
+class _ForwardCrashes(XFormersImpl):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        ctypes.string_at(0)
+
+
+class ForwardCrashes(XFormersAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[XFormersImpl]:
+        return _ForwardCrashes
+
+
+# Candidates that do not say what they are made of.
+
+
+class Bare(AttentionBackend):
+    pass
+
+
+class NoBuilder(XFormersAttentionBackend):
+    get_builder_cls = None  # type: ignore[assignment]
+
+
+class ImplRaises(XFormersAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[XFormersImpl]:
+        raise RuntimeError("no kernel\nfor this card")
+
+
+class ImplIsNone(XFormersAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[XFormersImpl]:
+        return None  # type: ignore[return-value]
+
+
+class NameExits(XFormersAttentionBackend):
+    @staticmethod
+    def get_name() -> str:
+        sys.exit(5)
+
+
+class _NoForward(XFormersImpl):
+    forward = None  # type: ignore[assignment]
+
+
+class NoForward(XFormersAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[XFormersImpl]:
+        return _NoForward

@@ -356,7 +356,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     (LLAMA | {"torch_dtype": "float8"}, "torch_dtype='float8'", "float16, bfloat16, float32"),
     (LLAMA | {"dtype": 16}, "dtype=16", "float16, bfloat16, float32"),
     (LLAMA | {"sliding_window": "4096"}, "sliding_window='4096'", "an integer"),
-    (LLAMA | {"sliding_window": -1}, "sliding_window=-1", "at least 0"),
+    (LLAMA | {"sliding_window": -1}, "sliding_window=-1", "from 0 to"),
     (LLAMA | {"sliding_window": False}, "sliding_window=False", "an integer"),
     (
         LLAMA | {"layer_types": ["sliding_attention"] * 4},

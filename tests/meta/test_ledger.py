@@ -49,12 +49,12 @@ def test_the_suites_own_ledger_loads() -> None:
 @pytest.mark.parametrize("field", REQUIRED)
 def test_a_missing_field_is_named_with_its_entry(tmp_path: Path, field: str) -> None:
     broken = {name: value for name, value in ENTRY.items() if name != field}
-    with pytest.raises(LedgerError, match=rf"^ledger.toml, entry 2: {field} is missing$"):
+    with pytest.raises(LedgerError, match=rf"/ledger.toml, entry 2: {field} is missing$"):
         load_ledger(_written(tmp_path, ENTRY, broken))
 
 
 @pytest.mark.parametrize("field", REQUIRED + OPTIONAL)
-@pytest.mark.parametrize("value", ["", [], 3, True])
+@pytest.mark.parametrize("value", ["", [], [""], [3], 3, True])
 def test_a_value_that_is_none_is_named_with_what_is_expected(
     tmp_path: Path, field: str, value: object
 ) -> None:
@@ -64,15 +64,41 @@ def test_a_value_that_is_none_is_named_with_what_is_expected(
 
 
 def test_an_unknown_field_is_named(tmp_path: Path) -> None:
-    with pytest.raises(LedgerError, match=r"^ledger.toml, entry 1: since is no field$"):
+    with pytest.raises(LedgerError, match=r"/ledger.toml, entry 1: since is no field$"):
         load_ledger(_written(tmp_path, ENTRY | {"since": "today"}))
 
 
 def test_what_is_no_toml_is_said_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "ledger.toml"
     path.write_text("[[known]]\ncandidate =\n")
-    with pytest.raises(LedgerError, match=r"^ledger.toml: .*line 2"):
+    with pytest.raises(LedgerError, match=r"/ledger.toml: .*line 2.*: expected TOML$"):
         load_ledger(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("known = 3", "known=3: expected [[known]]"),
+        ("known = {a = 1}", "known={'a': 1}: expected [[known]]"),
+        ("known = [3]", "entry 1: 3: expected a table"),
+        ("[[kown]]", "kown is no key: expected [[known]]"),
+        ("x = " + "[" * 10_000, "maximum recursion depth exceeded"),
+        ("\udcff", "'utf-8' codec can't decode byte 0xff in position 0"),
+    ],
+)
+def test_a_file_that_is_no_ledger_says_what_is_wrong(
+    content: str, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "ledger.toml"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(LedgerError, match=re.escape(said)) as raised:
+        load_ledger(path)
+    assert str(raised.value).startswith(f"{path}")
+
+
+def test_a_field_is_named_that_was_nearly_right(tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match=r"Reason is no field \(did you mean reason\?\)$"):
+        load_ledger(_written(tmp_path, ENTRY | {"Reason": "none"}))
 
 
 def test_patterns_are_a_shells() -> None:

@@ -116,10 +116,11 @@ def test_every_environment_that_is_named_is_in_tox() -> None:
 def test_toxs_commands_are_the_ones_the_readme_gives_without_it() -> None:
     tox = _tox()
     assert tox["testenv"]["deps"] == ".[cpu,test]"
-    assert tox["testenv"]["commands"].startswith("pytest -m cpu ")
+    # With -c, a value of an option that exists elsewhere is not taken for a folder of tests.
+    assert tox["testenv"]["commands"].startswith("pytest -c pyproject.toml -m cpu ")
     assert 'pip install -e ".[cpu,test]" && pytest -m cpu`' in README
     for name in ("cuda", "rocm"):
-        assert tox[f"testenv:{name}"]["commands"].startswith("pytest -m gpu ")
+        assert tox[f"testenv:{name}"]["commands"].startswith("pytest -c pyproject.toml -m gpu ")
         assert tox[f"testenv:{name}"]["deps"] == f".[{name},test]"
     for section in ("testenv", "testenv:self", "testenv:cuda", "testenv:rocm"):
         assert tox[section]["commands"].endswith(" {posargs}"), section
