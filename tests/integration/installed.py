@@ -79,10 +79,16 @@ def environment(site: Path, **settings: str) -> dict[str, str]:
         **inherited,
         **OFFLINE,
         **ONE_THREAD,
-        "PYTHONPATH": os.pathsep.join((str(site), str(SITE))),
+        "PYTHONPATH": os.pathsep.join((str(site), str(SITE), *_inherited_path())),
         "XFV1_HIDDEN_PACKAGES": ",".join(hidden),
         **settings,
     }
+
+
+def _inherited_path() -> list[str]:
+    """The folders of PYTHONPATH, in which packages may be installed, without the checkout."""
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [folder for folder in folders if folder and Path(folder).resolve() != ROOT]
 
 
 def _is_hidden(package: str) -> bool:

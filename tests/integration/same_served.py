@@ -83,14 +83,17 @@ def serve(
     return answers_of(found), facts
 
 
-def measure(folder: Path, ranks: int, tiny: bool) -> dict[str, Any]:
-    """All of it, as data; "problems" is empty if all is well."""
+def measure(folder: Path, ranks: int, tiny: bool, site: Path | None = None) -> dict[str, Any]:
+    """All of it, as data; "problems" is empty if all is well.
+
+    site: the folder where xfv1 is installed; None to build and install it.
+    """
     import torch
 
     import xfv1
 
     cpu = not torch.cuda.is_available()
-    site = install(folder / "installed")
+    site = site or install(folder / "installed")
     shape: dict[str, Any] = (
         {"heads": (4, 2), "head_size": 64}
         if tiny
@@ -145,11 +148,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, default=1, help="tensor parallel ranks, a GPU to each")
     parser.add_argument("--tiny", action="store_true", help="a narrow model, for a CPU")
+    parser.add_argument("--site", type=Path, help="folder of an installed xfv1; else it is built")
     parser.add_argument("--json", type=Path, help="where the result is written")
     args = parser.parse_args()
     prepare()
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), args.ranks, args.tiny)
+        result = measure(Path(folder), args.ranks, args.tiny, args.site and args.site.resolve())
     if args.json:
         method = " ".join((__doc__ or "").split())
         save(args.json, {"environment": provenance(), "method": method, **result})
