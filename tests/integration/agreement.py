@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tests.integration.engine import RunReport
+from tests.integration.engine import Answers
 
 # Of the answers, so many at least are the same to the last token. In bfloat16 a token of a hundred
 # is a near tie, and breaking it either way parts all that follow: four of five are the same.
@@ -10,9 +10,24 @@ LEAST_IDENTICAL = 0.5
 # A margin is the difference of two logprobs; and the largest of some hundred differences between
 # logprobs is not the largest there can be: twice that.
 MARGIN = 4
+# How far apart two right answers in float32 may be, in units of the largest difference between
+# Transformers' own logprobs in float32 and in float64. 2, as each side may be off by that much.
+# Times 4, for three reasons: the other side sums in another order, with whatever instructions the
+# processor has; the largest of some thousand differences is not the largest there can be; and
+# Transformers computes norms, angles and the softmax in float32 even in a float64 model (float64
+# throughout was up to 2.6 times as far from float32).
+FLOAT32 = 8
 
 
-def rounding(reference: RunReport, jittered: RunReport) -> float:
+def float32_rounding(single_from_double: float) -> float:
+    """How far apart rounding puts the logprobs of two right answers in float32.
+
+    single_from_double: the largest difference of a logprob in float32 from its float64 value.
+    """
+    return FLOAT32 * single_from_double
+
+
+def rounding(reference: Answers, jittered: Answers) -> float:
     """How far apart rounding puts the margins of two right answers.
 
     jittered: the reference's own run with its attention moved in the last place, so that nothing
@@ -38,12 +53,14 @@ class Parting:
 @dataclass(frozen=True)
 class Agreement:
     """answers, identical: how many, and how many of them to the last token. compared: tokens up to
-    each answer's parting. apart: their largest difference in logprob. bound: how near a tie has to
-    be to be broken differently."""
+    each answer's parting. prompt_compared: tokens of prompts whose logprobs both sides have.
+    apart: the largest difference in logprob of these all. bound: how near a tie has to be to be
+    broken differently."""
 
     answers: int
     identical: int
     compared: int
+    prompt_compared: int
     apart: float
     bound: float
     partings: list[Parting]
@@ -65,9 +82,9 @@ class Agreement:
         return found
 
 
-def compare(report: RunReport, reference: RunReport, bound: float) -> Agreement:
+def compare(report: Answers, reference: Answers, bound: float) -> Agreement:
     """A run's answers beside those of another, which answered each of the prompts."""
-    compared, identical, apart, partings = 0, 0, 0.0, []
+    compared, prompt_compared, identical, apart, partings = 0, 0, 0, 0.0, []
     rows = {prompt: row for row, prompt in enumerate(reference.prompts)}
     for ours, (prompt, times) in enumerate(zip(report.prompts, report.times, strict=True)):
         theirs = rows[prompt]
@@ -75,12 +92,18 @@ def compare(report: RunReport, reference: RunReport, bound: float) -> Agreement:
         # A run that was to make fewer tokens is compared as far as it goes.
         differs = [a != b for a, b in zip(tokens, expected, strict=False)]
         same = differs.index(True) if any(differs) else len(differs)
-        logprobs = zip(report.logprobs[ours][:same], reference.logprobs[theirs][:same], strict=True)
-        apart = max([apart, *(abs(a - b) for a, b in logprobs)])
+        pairs = [*zip(report.logprobs[ours][:same], reference.logprobs[theirs][:same], strict=True)]
+        if report.prompt_logprobs and reference.prompt_logprobs:
+            given = report.prompt_logprobs[ours], reference.prompt_logprobs[theirs]
+            pairs += zip(*given, strict=True)
+            prompt_compared += len(given[0])
+        apart = max([apart, *(abs(a - b) for a, b in pairs)])
         compared += same
         if same == len(differs):
             identical += times
             continue
         margins = (report.margins[ours][same], reference.margins[theirs][same])
         partings.append(Parting(prompt, same, tokens[same], expected[same], *margins, times))
-    return Agreement(sum(report.times), identical, compared, apart, bound, partings)
+    return Agreement(
+        sum(report.times), identical, compared, prompt_compared, apart, bound, partings
+    )

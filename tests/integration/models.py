@@ -17,6 +17,8 @@ import torch
 LOAD_FORMAT = "drawn"
 # Few tokens: the best is ahead by more, and an n-gram speculator finds every token in the prompt.
 VOCABULARY = 32
+# Of audio, in Hz.
+SAMPLING_RATE = 16000
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,16 @@ class Weights:
 
 @dataclass(frozen=True)
 class Model:
-    """config: Hugging Face's config.json. dtype: that it is served in."""
+    """config: Hugging Face's config.json. dtype: that it is served in. folder: a checkpoint whose
+    weights vLLM loads; without one, they are drawn. overrides: entries of config.json that vLLM
+    shall read otherwise. implementation: "module:class" of a model that vLLM does not have."""
 
     config: Mapping[str, Any]
     dtype: str = "float16"
     weights: Weights = field(default_factory=Weights)
+    folder: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    implementation: str = ""
 
     @property
     def architecture(self) -> str:
@@ -59,7 +66,10 @@ class Model:
         return replace(self, config={**self.config, **config})
 
     def save(self, folder: Path) -> str:
-        """Write config.json, all that a folder has to hold, and give the folder's name."""
+        """Give the checkpoint's folder, or write config.json, all that a folder without weights
+        has to hold, and give that folder."""
+        if self.folder:
+            return self.folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config, indent=1))
         return str(folder)
@@ -139,13 +149,21 @@ def prompt(seed: int, length: int, vocab_size: int = VOCABULARY) -> list[int]:
     return ids
 
 
+def noise(seed: int, seconds: float) -> torch.Tensor:
+    """White noise [seconds * SAMPLING_RATE]: what an audio encoder hears."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(round(seconds * SAMPLING_RATE), generator=generator)
+
+
 # What follows runs where vLLM is imported.
 
 
-def loading(weights: Weights) -> dict[str, Any]:
-    """Arguments of vLLM's LLM by which it draws weights and reads no file."""
+def loading(model: Model) -> dict[str, Any]:
+    """Arguments of vLLM's LLM by which it loads a checkpoint, or draws weights and reads none."""
+    if model.folder:
+        return {"hf_overrides": dict(model.overrides)}
     _register_loader()
-    return {"load_format": LOAD_FORMAT, "model_loader_extra_config": asdict(weights)}
+    return {"load_format": LOAD_FORMAT, "model_loader_extra_config": asdict(model.weights)}
 
 
 @functools.cache
