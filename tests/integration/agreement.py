@@ -1,5 +1,6 @@
 """Did two backends give the same tokens, as far as rounding lets them?"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tests.integration.engine import Answers
@@ -65,6 +66,10 @@ class Agreement:
     bound: float
     partings: list[Parting]
 
+    def unlike(self) -> bool:
+        """Whether a token differs, or a logprob by more than rounding explains."""
+        return self.identical < self.answers or self.apart > self.bound
+
     def problems(self) -> list[str]:
         """What rounding does not explain, in words; empty if it explains all."""
         if not self.compared:
@@ -80,6 +85,20 @@ class Agreement:
         if self.identical < LEAST_IDENTICAL * self.answers:
             found.append(f"{self.identical} of {self.answers} answers alike to the last token")
         return found
+
+
+def chosen(answers: Answers, prompts: Sequence[int]) -> Answers:
+    """The answers to some prompts, each answered once, numbered anew."""
+    return Answers(
+        prompts=list(range(len(prompts))),
+        times=[1] * len(prompts),
+        tokens=[answers.tokens[index] for index in prompts],
+        logprobs=[answers.logprobs[index] for index in prompts],
+        margins=[answers.margins[index] for index in prompts],
+        prompt_logprobs=[
+            answers.prompt_logprobs[index] for index in prompts if answers.prompt_logprobs
+        ],
+    )
 
 
 def compare(report: Answers, reference: Answers, bound: float) -> Agreement:

@@ -54,7 +54,7 @@ class Checkpoint:
     answers, beside those of every model. layers: attention layers that vLLM's engine has.
     differs: where vLLM's model or config is not Transformers' apart from attention, and what is
     done about it. overrides, implementation: as in `models.Model`. adapt: makes Transformers'
-    model compute what vLLM's does. audio: seconds that the encoder hears with each prompt.
+    model compute what vLLM's does. audio: samples that the encoder hears with each prompt.
     """
 
     config: str
@@ -66,7 +66,7 @@ class Checkpoint:
     overrides: dict[str, Any] = field(default_factory=dict)
     implementation: str = ""
     adapt: Callable[[Any], None] = lambda model: None
-    audio: tuple[float, ...] = ()
+    audio: tuple[int, ...] = ()
 
     @property
     def all_faults(self) -> tuple[str, ...]:
@@ -178,8 +178,10 @@ CHECKPOINTS: dict[str, Checkpoint] = {
             "decoder_ffn_dim": 192, "num_mel_bins": 16, "max_source_positions": 100,
             "max_target_positions": 512, "decoder_start_token_id": 0,
         },
-        "cross attention over 100 encoder positions", ("cross_attention_causal",), layers=4,
-        audio=tuple(1.0 + 0.1 * index for index in range(len(PROMPTS))),
+        "cross attention over 100 encoder positions (no backend serves the encoder itself)",
+        ("cross_attention_causal",), layers=4,
+        # One to two seconds.
+        audio=tuple(SAMPLING_RATE + 1600 * index for index in range(len(PROMPTS))),
     ),
 }  # fmt: skip
 
@@ -230,14 +232,16 @@ def make(checkpoint: Checkpoint, seed: int, folder: Path) -> Any:
     import transformers
 
     config = getattr(transformers, checkpoint.config)(**checkpoint.facts)
-    config._attn_implementation = "eager"
-    config._experts_implementation = "eager"
+    kind = (
+        transformers.AutoModelForSpeechSeq2Seq
+        if checkpoint.audio
+        else transformers.AutoModelForCausalLM
+    )
+    model = kind.from_config(
+        config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+    ).eval()
     if checkpoint.audio:
-        model = transformers.WhisperForConditionalGeneration(config)
         _audio_processor(config).save_pretrained(folder)
-    else:
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    model = model.float().eval()
     draw(model, seed)
     model.tie_weights()
     model.save_pretrained(folder)
@@ -268,8 +272,8 @@ def _logprobs(checkpoint: Checkpoint, model: Any) -> Iterator[Logprobs]:
             yield lambda ids: model(torch.tensor([ids])).logits[0].log_softmax(-1)
         return
     extractor = _audio_processor(model.config).feature_extractor
-    for seed, seconds in enumerate(checkpoint.audio):
-        sound = noise(seed, seconds).numpy()
+    for samples in checkpoint.audio:
+        sound = noise(samples).numpy()
         heard = extractor(sound, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features
 
         def heard_logprobs(ids: list[int], heard: torch.Tensor = heard) -> torch.Tensor:

@@ -60,7 +60,7 @@ class Run:
     jitter: each attention's output is moved, at random, by up to so many units in its last
     place, as another right answer may be. context_parallel: ranks a request's keys are spread
     over, all of the session's or one. prompt_logprobs: the engine gives them too, and then reads
-    no cached prefix. audio: seconds of noise that the encoder of an encoder-decoder model hears
+    no cached prefix. audio: samples of noise that the encoder of an encoder-decoder model hears
     with each prompt.
     """
 
@@ -82,7 +82,7 @@ class Run:
     jitter: float = 0.0
     context_parallel: int = 1
     prompt_logprobs: bool = False
-    audio: list[float] = field(default_factory=list)
+    audio: list[int] = field(default_factory=list)
 
     @property
     def engine(self) -> "Run":
@@ -95,7 +95,7 @@ class Run:
             "prompts": [], "max_tokens": 0, "until": 0.0, "fault": fault, "jitter": 0.0,
             "prompt_logprobs": False,
             # An engine's start depends on whether it has an encoder.
-            "audio": [0.0] if self.audio else [],
+            "audio": [1] if self.audio else [],
         }  # fmt: skip
         return dataclasses.replace(self, **served)
 
@@ -442,10 +442,7 @@ def _given(run: Run) -> list[dict[str, Any]]:
     prompts: list[dict[str, Any]] = [{"prompt_token_ids": ids} for ids in run.prompts]
     if not run.audio:
         return prompts
-    heard = [
-        {"audio": (noise(seed, seconds).numpy(), SAMPLING_RATE)}
-        for seed, seconds in enumerate(run.audio)
-    ]
+    heard = [{"audio": (noise(samples).numpy(), SAMPLING_RATE)} for samples in run.audio]
     return [
         {"encoder_prompt": {"prompt": "", "multi_modal_data": audio}, "decoder_prompt": prompt}
         for audio, prompt in zip(heard, prompts, strict=True)

@@ -149,10 +149,9 @@ def prompt(seed: int, length: int, vocab_size: int = VOCABULARY) -> list[int]:
     return ids
 
 
-def noise(seed: int, seconds: float) -> torch.Tensor:
-    """White noise [seconds * SAMPLING_RATE]: what an audio encoder hears."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(round(seconds * SAMPLING_RATE), generator=generator)
+def noise(samples: int) -> torch.Tensor:
+    """White noise [samples], each number of samples with a noise of its own."""
+    return torch.randn(samples, generator=torch.Generator().manual_seed(samples))
 
 
 # What follows runs where vLLM is imported.

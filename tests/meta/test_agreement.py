@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.integration import agreement
-from tests.integration.against_transformers import CROSS, IMPL, Result, unserved
+from tests.integration.against_transformers import CROSS, IMPL, SOUND, Result, unserved
 from tests.integration.against_transformers import XFV1 as BACKEND
 from tests.integration.checkpoints import CHECKPOINTS
 from tests.integration.engine import Run, RunReport
@@ -169,10 +169,13 @@ def test_a_layer_that_xfv1_does_not_serve_is_told(changed: dict[str, Any], told:
 
 def test_a_fault_is_noticed_by_another_logprob_or_another_token() -> None:
     runs = {
-        "none": RIGHT,
+        SOUND: RIGHT,
         "logprob": replace(RIGHT, logprobs=[[-1.0, -1.0, -1.0 - 2 * BOUND]] * 4),
         "token": report([7, 8, 9], [7, 6, 9], [7, 8, 9], [7, 8, 9]),
     }
     agreements = {name: agreement.compare(run, RIGHT, BOUND) for name, run in runs.items()}
     result = Result(RIGHT, BOUND, runs, agreements)
     assert [result.noticed(name) for name in runs] == [False, True, True]
+    # A comparison that nothing passes notices nothing.
+    agreements[SOUND] = agreements["token"]
+    assert not result.noticed("logprob")
