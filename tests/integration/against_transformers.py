@@ -40,14 +40,14 @@ from tests.integration.engine import (
 from tests.integration.models import Model
 
 BUDGET, BLOCK = 64, 16
-# vLLM cuts no prompt of an encoder-decoder model: a step takes the longest sequence there may be.
+# vLLM cuts no prompt of an encoder-decoder model: its steps must have room for whole sequences.
 UNCUT = 256
-# The prompts that faults are planted for: one longer than the window, one cut by the budget. The
-# same without a fault has to agree.
+# Prompts that faults are planted for: one longer than the window, and one that the budget cuts. A
+# sound run of the same prompts has to agree.
 FEW, FEW_TOKENS = (6, 8), 6
 SOUND = "sound"
-# vLLM reads no cached prefix where prompt logprobs are asked for: a run of its own, in which every
-# prompt comes twice, so that the second finds the first's start in the cache.
+# vLLM reads no cached prefix for a request that wants prompt logprobs. So prefix caching has a run
+# of its own. Every prompt comes twice there: the second time its start lies in the cache.
 PLAIN, CACHED = "plain", "cached"
 XFV1, IMPL = "XFormersAttentionBackend", "xfv1.impl.XFormersImpl"
 # vLLM derives cross attention's backend from the one that is selected.
@@ -164,7 +164,7 @@ def _result(folder: Path, name: str, reports: dict[str, RunReport]) -> Result:
 
 
 def unserved(checkpoint: Checkpoint, report: RunReport) -> list[str]:
-    """Which of the engine's attention layers xfv1 did not serve, in words; empty if it served all.
+    """Signs that xfv1 did not serve all attention layers, in words; empty if it served all.
 
     Every second layer of a model with an encoder is cross attention.
     """

@@ -8,7 +8,7 @@ import torch
 from xfv1.ops.base import DECODE, Call
 
 Fault = Callable[[Call], Call]
-# These two change the answers of every model.
+# These two faults change the answers of every model.
 KEY_FAULTS = ("newest_key_lost", "one_key_ahead")
 
 

@@ -28,16 +28,17 @@ from tests.integration.models import SAMPLING_RATE, VOCABULARY, noise, prompt
 
 ANSWERS = "answers.json"
 WINDOW = 24
-# Around blocks of 16 and the window, and past the token budget of a step (64); the last prompt
-# shares the longest's start.
+# The lengths lie around blocks of 16 and around the window, and past the token budget of a step
+# (64). One more prompt begins like the longest.
 LENGTHS = (2, 15, 16, 17, 23, 24, 25, 49, 70, 130)
 SHARED = 96
 PROMPTS = [prompt(seed, length) for seed, length in enumerate(LENGTHS)]
 PROMPTS.append(PROMPTS[-1][:SHARED] + prompt(len(LENGTHS), 20))
 NEW_TOKENS = 12
-# The first checkpoint's. With these no best token is a near tie, which rounding could break.
+# Seed of the first checkpoint's weights; each next checkpoint has the next seed. With these seeds
+# no best token is a near tie, which rounding could break.
 SEED = 1
-# How much longer than of unit deviation queries and keys are, and what attention hands on.
+# `draw` makes queries, keys and the output of attention longer by this factor.
 GAIN = 1.6
 ATTENTION = (
     r"(\b[qko]_proj|out_proj|query_key_value|Wqkv|self_attention\.dense|self_attn\.dense)\.weight$"
@@ -49,12 +50,16 @@ DECODE_FAULT = "newest_key_lost_at_decode"
 class Checkpoint:
     """One tiny model.
 
-    config: the name of its config class in Transformers, and facts that class's arguments.
-    features: what its attention has. faults: names among `call_faults.FAULTS` that change its
-    answers, beside those of every model. layers: attention layers that vLLM's engine has.
-    differs: where vLLM's model or config is not Transformers' apart from attention, and what is
-    done about it. overrides, implementation: as in `models.Model`. adapt: makes Transformers'
-    model compute what vLLM's does. audio: samples that the encoder hears with each prompt.
+    config: the name of its config class in Transformers.
+    facts: the arguments of that class.
+    features: what its attention has, in words.
+    faults: names among `call_faults.FAULTS` that change its answers, beside those of every model.
+    layers: how many attention layers vLLM's engine has.
+    differs: how vLLM's model or config differs from Transformers' apart from attention, and what
+        makes them equal here.
+    overrides, implementation: as in `models.Model`.
+    adapt: changes Transformers' model so that it computes what vLLM's does.
+    audio: how many samples the encoder hears with each prompt.
     """
 
     config: str
@@ -187,7 +192,10 @@ CHECKPOINTS: dict[str, Checkpoint] = {
 
 
 def prompts(checkpoint: Checkpoint) -> list[list[int]]:
-    """Whisper's begin with the token that starts its decoder, which vLLM would put there."""
+    """`PROMPTS`; those of Whisper begin with the token that starts its decoder.
+
+    vLLM would put that token there.
+    """
     if checkpoint.audio:
         return [[checkpoint.facts["decoder_start_token_id"], *ids[1:]] for ids in PROMPTS]
     return PROMPTS
@@ -196,10 +204,10 @@ def prompts(checkpoint: Checkpoint) -> list[list[int]]:
 def draw(model: torch.nn.Module, seed: int) -> None:
     """Fill a model's weights in place.
 
-    A matrix has rows of unit expected length, so that each layer hands on what it was given at the
-    same size. Queries and keys are longer by `GAIN`, so that the softmax leans on few keys, and so
-    is what attention hands on. Norms and biases vary, so that none can be left out unnoticed. A
-    sink weighs as much as a few keys.
+    A matrix has rows of unit expected length, so that a layer's output is as large as its input.
+    Queries and keys are longer by `GAIN`, so that the softmax leans on few keys. The output of
+    attention is longer by `GAIN` too. Norms and biases vary, so that none can be left out
+    unnoticed. A sink weighs as much as a few keys.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -265,8 +273,8 @@ Logprobs = Callable[[list[int]], torch.Tensor]
 
 
 def _logprobs(checkpoint: Checkpoint, model: Any) -> Iterator[Logprobs]:
-    """To each prompt, what gives the logprobs [len(ids), vocab_size] after each token of a
-    sequence, in the model's dtype at that time."""
+    """One function for each prompt: it gives the logprobs [len(ids), vocab_size] after each token
+    of a sequence, computed in the dtype that the model has when it is called."""
     if not checkpoint.audio:
         for _ in PROMPTS:
             yield lambda ids: model(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -302,7 +310,7 @@ def answer(checkpoint: Checkpoint, model: Any) -> tuple[Answers, float]:
         prompt_logprobs.append(given[: len(ids) - 1])
         logprobs.append(given[len(ids) - 1 :])
         margins.append((best[:, 0] - best[:, 1]).tolist())
-        double = after_in_double(model, after, sequence)
+        double = _in_double(model, after, sequence)
         rounding = max(rounding, float((single - double).abs().max()))
     numbers = list(range(len(tokens)))
     answers = Answers(
@@ -312,7 +320,8 @@ def answer(checkpoint: Checkpoint, model: Any) -> tuple[Answers, float]:
     return answers, rounding
 
 
-def after_in_double(model: Any, after: Logprobs, sequence: list[int]) -> torch.Tensor:
+def _in_double(model: Any, after: Logprobs, sequence: list[int]) -> torch.Tensor:
+    """The logprobs by the same model in float64; afterwards it is in float32 again."""
     model.double()
     try:
         return after(sequence)

@@ -86,9 +86,10 @@ class Run:
 
     @property
     def engine(self) -> "Run":
-        """The run without what an engine is given after its start: equal runs share an engine.
+        """The run without what an engine is given after its start.
 
-        A CUDA graph keeps the fault that was planted while it was captured.
+        Runs share an engine where this is equal. A CUDA graph keeps the fault that was planted
+        while it was captured, so there the fault stays.
         """
         fault = self.fault if self.graphs else ""
         served: dict[str, Any] = {
@@ -334,7 +335,7 @@ def _register_model(model: Model) -> None:
 
 
 def _serve_all(runs: dict[str, Run], ranks: int) -> Iterator[tuple[str, RunReport]]:
-    """One engine's reports on the runs that share it, as they come."""
+    """Serve the runs that share an engine, and give the report of each as soon as it is there."""
     first = next(iter(runs.values()))
     began = time.perf_counter()
     with _watched_ops(first.fault) as ops:
@@ -350,6 +351,7 @@ def _serve_all(runs: dict[str, Run], ranks: int) -> Iterator[tuple[str, RunRepor
 
 
 def _serve(llm: Any, run: Run, ops: "Ops", start_s: float) -> RunReport:
+    """Serve one run by an engine that took start_s seconds to start."""
     layers = _attention_layers(llm)
     before = Counter(counters(llm))
     started = time.perf_counter()
@@ -495,7 +497,7 @@ def start(run: Run, ranks: int = 1) -> Any:
             enable_flashinfer_autotune=False,
             enable_chunked_prefill=True,
             enable_prefix_caching=run.prefix_caching,
-            # What reads audio wants a tokenizer.
+            # vLLM's audio processor asks for a tokenizer.
             skip_tokenizer_init=not run.audio,
             disable_log_stats=False,
             seed=0,
@@ -530,19 +532,19 @@ def _margin(step: dict[int, Any]) -> float:
 
 
 def _written_class(kind: type[Any]) -> type[Any]:
-    """The class, or where vLLM derived it in a function (cross attention), what it derives from."""
+    """The class, or its base where vLLM derived the class in a function (cross attention)."""
     return next(base for base in kind.__mro__ if "<locals>" not in base.__qualname__)
 
 
 def _prompt_logprobs(output: Any) -> list[float]:
-    """From the prompt's second token on: nothing comes before the first."""
+    """Logprobs of the prompt's tokens but the first, which nothing comes before."""
     steps = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
     return [step[token].logprob for token, step in steps]
 
 
 @dataclass
 class Calls:
-    """forwards: calls of each layer's forward. replays: of a CUDA graph."""
+    """forwards: calls of each layer's forward. replays: how often a CUDA graph was replayed."""
 
     forwards: list[int]
     replays: int = 0
@@ -582,9 +584,12 @@ def _counted_calls(layers: list[Any], jitter: float) -> Iterator[Calls]:
 
 @dataclass
 class Ops:
-    """fault: a name among `FAULTS` that is in every call from now on, or "". calls: counts of the
-    calls of xfv1's ops, by "op phase max_query_len"; captured: of those that a CUDA graph
-    records."""
+    """xfv1's ops under watch.
+
+    fault: the name among `FAULTS` of the fault that every call has from now on; "" for none.
+    calls: how often each "op phase max_query_len" was called.
+    captured: the same of the calls that a CUDA graph recorded.
+    """
 
     fault: str
     calls: Counter[str] = field(default_factory=Counter)

@@ -17,7 +17,7 @@ import torch
 LOAD_FORMAT = "drawn"
 # Few tokens: the best is ahead by more, and an n-gram speculator finds every token in the prompt.
 VOCABULARY = 32
-# Of audio, in Hz.
+# Audio has so many samples a second.
 SAMPLING_RATE = 16000
 
 
@@ -39,9 +39,15 @@ class Weights:
 
 @dataclass(frozen=True)
 class Model:
-    """config: Hugging Face's config.json. dtype: that it is served in. folder: a checkpoint whose
-    weights vLLM loads; without one, they are drawn. overrides: entries of config.json that vLLM
-    shall read otherwise. implementation: "module:class" of a model that vLLM does not have."""
+    """A model that vLLM serves.
+
+    config: Hugging Face's config.json.
+    dtype: the dtype that it is served in.
+    weights: how its weights are drawn.
+    folder: a checkpoint whose weights vLLM loads; "" if they are drawn.
+    overrides: entries of config.json for which vLLM takes other values.
+    implementation: "module:class" of the model, if vLLM has none; else "".
+    """
 
     config: Mapping[str, Any]
     dtype: str = "float16"
@@ -66,8 +72,8 @@ class Model:
         return replace(self, config={**self.config, **config})
 
     def save(self, folder: Path) -> str:
-        """Give the checkpoint's folder, or write config.json, all that a folder without weights
-        has to hold, and give that folder."""
+        """Return the checkpoint's folder; if there is none, write config.json to a folder, which
+        needs no more where weights are drawn, and return that folder."""
         if self.folder:
             return self.folder
         folder.mkdir(parents=True, exist_ok=True)

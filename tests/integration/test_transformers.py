@@ -1,8 +1,8 @@
 """Does a V1 engine give through xfv1 the logprobs that Transformers' eager attention gives?
 
-Tiny checkpoints of eleven architectures; `checkpoints.py` says of what, and where vLLM's model is
-not Transformers' apart from attention. MPT's class is one of ours (`mpt.py`): vLLM has none since
-0.28, and with model_impl="transformers" it refuses MPT as "not compatible with vLLM".
+`checkpoints.py` describes the eleven tiny checkpoints, and says where vLLM's model differs from
+Transformers' apart from attention. MPT's class is our own (`mpt.py`): vLLM dropped MPT in 0.28, and
+with model_impl="transformers" it refuses MPT as "not compatible with vLLM".
 """
 
 import json
@@ -33,7 +33,7 @@ RECORDED = ROOT / "docs" / "results" / "transformers-cpu.json"
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    """All checkpoints' results, made once even if several xdist workers have tests of this file."""
+    """The results of all checkpoints. Workers of xdist that run tests of this file share them."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -45,7 +45,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_every_logprob_is_transformers(results: dict[str, Result], name: str) -> None:
-    """Of each prompt's tokens, and of each greedy token: these are the same."""
+    """The logprobs of all prompt tokens and greedy tokens agree; the greedy tokens are equal."""
     found = results[name].agreements[PLAIN]
     assert found.problems() == []
     assert found.identical == found.answers == len(checkpoints.PROMPTS)

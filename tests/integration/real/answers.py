@@ -20,8 +20,9 @@ NEW_TOKENS = 64
 def greedy(model: Any, prompts: list[list[int]], drafts: list[list[int]]) -> Answers:
     """Greedy answers, each alone, without a cache.
 
-    drafts: tokens that an answer may begin with. A pass over the whole sequence says how far a
-    draft is greedy, and what comes next: the answers are the model's own whatever is drafted.
+    drafts: tokens that each answer may begin with. One pass over a prompt and its draft shows how
+    many drafted tokens are the model's own greedy tokens, and which token follows. The others are
+    dropped, so drafts save passes and change no answer.
     """
     tokens, logprobs, margins = [], [], []
     for ids, draft in zip(prompts, drafts, strict=True):

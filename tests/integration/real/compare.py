@@ -48,8 +48,8 @@ IMPLS = {
 }
 GREEDY, TEXT, SOUND = "greedy", "text", "sound"
 BUDGET = 256
-# What the fault is planted for: a short prompt, one past a step's budget, and a chat. The same
-# without the fault has to agree.
+# Prompts that the fault is planted for: a short one, one past a step's budget, and a chat. A
+# sound run of the same prompts has to agree.
 FEW, FEW_TOKENS = (0, 14, texts.CHAT), 8
 TIMEOUT = 3600.0
 
@@ -72,7 +72,7 @@ class Results:
         return agreement.compare(self.reports[XFV1][run], expected, self.bound)
 
     def noticed(self) -> bool:
-        """Whether the fault changes the answers, and nothing else does."""
+        """Whether the fault changes the answers where a sound run does not."""
         return self.few(DECODE_FAULT).unlike() and not self.few(SOUND).problems()
 
 
@@ -126,7 +126,7 @@ def _transformers(
     arguments = [str(path) for path in (checkpoint, drafted, file)]
     command = [sys.executable, "-m", transformers_answers.__name__, *arguments]
     with log.open("w") as output:
-        # All of the machine's cores: no engine runs beside it.
+        # No engine runs beside it, so that it may use two cores.
         code = subprocess.call(
             command, cwd=ROOT, env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "2"},
             stdout=output, stderr=subprocess.STDOUT, timeout=TIMEOUT,
@@ -205,6 +205,10 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--json", type=Path, help="where the results are written")
     args = parser.parse_args()
+    if not args.checkpoint.is_dir():
+        parser.error(
+            f"checkpoint {args.checkpoint}: expected a folder that {weights.__name__} made"
+        )
     with tempfile.TemporaryDirectory() as folder:
         results = run_all(args.checkpoint.resolve(), Path(folder))
     tokenizer = texts.load_tokenizer(args.checkpoint)

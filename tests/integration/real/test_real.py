@@ -27,7 +27,7 @@ from tests.integration.real.compare import (
 pytestmark = pytest.mark.cpu
 
 LAYERS = 30
-# A text that the model cannot read has thousands.
+# The perplexity of a text that the model cannot read is in the thousands.
 LEGIBLE = 30.0
 
 
@@ -35,7 +35,10 @@ LEGIBLE = 30.0
 def checkpoint() -> Path:
     if VARIABLE not in os.environ:
         pytest.skip(f"needs real weights in {VARIABLE}: tox -e real downloads them")
-    return Path(os.environ[VARIABLE])
+    folder = Path(os.environ[VARIABLE]).resolve()
+    if not folder.is_dir():
+        pytest.fail(f"{VARIABLE}={folder}: expected the folder of a checkpoint (tox -e real)")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def results(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Resul
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_greedy_answers_agree(results: Results, one: str, other: str) -> None:
-    """To the last token, but where both sides prefer theirs by less than rounding."""
+    """Answers may part only where both sides prefer their own token by less than rounding."""
     found = results.agreement(GREEDY, one, other)
     assert found.problems() == []
     assert found.answers == len(texts.PROMPTS) + len(texts.SHARED) + len(texts.CHATS)
@@ -79,7 +82,7 @@ def test_long_prompts_are_cut(results: Results) -> None:
 
 
 def test_the_answers_are_the_models(results: Results, checkpoint: Path) -> None:
-    """The conversion left the weights as they were: the model knows and reads what it should."""
+    """The conversion did not harm the weights: the model answers a question and reads a text."""
     tokens = results.answers[TRANSFORMERS][GREEDY].tokens[texts.CHAT]
     assert texts.CAPITAL in texts.load_tokenizer(checkpoint).decode(tokens)
     assert perplexity(results.answers[TRANSFORMERS][TEXT]) < LEGIBLE

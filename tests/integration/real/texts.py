@@ -12,18 +12,19 @@ from typing import Any
 from tests.harness.provenance import ROOT
 
 TEXT_TOKENS = 2000
-# The first so many tokens of a topic: around blocks of 32, and past the 256 of a step.
+# (topic, tokens): lengths around blocks of 32, and past the budget of a step (256).
 PROMPTS = (
     ("assert", 10), ("bltin-null-object", 16), ("break", 17), ("continue", 31), ("del", 32),
     ("global", 33), ("if", 50), ("lambda", 64), ("pass", 75), ("return", 100), ("while", 128),
     ("integers", 150), ("exceptions", 200), ("for", 256), ("slicings", 257), ("booleans", 333),
     ("class", 400), ("with", 512), ("objects", 640), ("naming", 800),
 )  # fmt: skip
-# So many tokens of one topic, then of another: the first are in the cache by then.
+# (topic, tokens, another topic, tokens): the first tokens are in the cache by then.
 SHARED = (("naming", 416, "while", 40), ("naming", 500, "for", 20), ("objects", 257, "if", 0))
 CHATS = ("What is the capital of France?", "Write a haiku about the sea.", "What is 12 plus 30?")
-# What the first chat's answer has to name.
+# The first chat's answer has to name this.
 CAPITAL = "Paris"
+# Index of the first chat among the prompts.
 CHAT = len(PROMPTS) + len(SHARED)
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
