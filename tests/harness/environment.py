@@ -68,7 +68,7 @@ def register_models(*names: str) -> None:
     for name in names:
         if name in _REGISTERED:
             continue
-        module_name, model = registry._TEXT_GENERATION_MODELS[name]
+        module_name, model = registry._VLLM_MODELS[name]
         loaded = importlib.import_module(f"vllm.model_executor.models.{module_name}")
         ModelRegistry.register_model(name, getattr(loaded, model))
         _REGISTERED.add(name)

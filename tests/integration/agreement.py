@@ -1,7 +1,9 @@
 """Did two backends give the same tokens, as far as rounding lets them?"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+
+from tests.integration.engine import Answers
 
 # Of the answers, so many at least are the same to the last token. In bfloat16 a token of a hundred
 # is a near tie, and breaking it either way parts all that follow: four of five are the same.
@@ -9,36 +11,24 @@ LEAST_IDENTICAL = 0.5
 # A margin is the difference of two logprobs; and the largest of some hundred differences between
 # logprobs is not the largest there can be: twice that.
 MARGIN = 4
+# How far apart two right answers in float32 may be, in units of the largest difference between
+# Transformers' own logprobs in float32 and in float64. 2, as each side may be off by that much.
+# Times 4, for three reasons: the other side sums in another order, with whatever instructions the
+# processor has; the largest of some thousand differences is not the largest there can be; and
+# Transformers computes norms, angles and the softmax in float32 even in a float64 model (float64
+# throughout was up to 2.6 times as far from float32).
+FLOAT32 = 8
 
 
-class Given(Protocol):
-    """Which prompt each answer is to, how often it was given, and per step its token, its logprob
-    and by how much it beat the next best token, in logprob."""
+def float32_rounding(single_from_double: float) -> float:
+    """How far apart rounding puts the logprobs of two right answers in float32.
 
-    @property
-    def prompts(self) -> list[int]: ...
-    @property
-    def times(self) -> list[int]: ...
-    @property
-    def tokens(self) -> list[list[int]]: ...
-    @property
-    def logprobs(self) -> list[list[float]]: ...
-    @property
-    def margins(self) -> list[list[float]]: ...
+    single_from_double: the largest difference of a logprob in float32 from its float64 value.
+    """
+    return FLOAT32 * single_from_double
 
 
-@dataclass(frozen=True)
-class Answers:
-    """Just that; see `Given`."""
-
-    prompts: list[int]
-    times: list[int]
-    tokens: list[list[int]]
-    logprobs: list[list[float]]
-    margins: list[list[float]]
-
-
-def rounding(reference: Given, jittered: Given) -> float:
+def rounding(reference: Answers, jittered: Answers) -> float:
     """How far apart rounding puts the margins of two right answers.
 
     jittered: the reference's own run with its attention moved in the last place, so that nothing
@@ -64,15 +54,21 @@ class Parting:
 @dataclass(frozen=True)
 class Agreement:
     """answers, identical: how many, and how many of them to the last token. compared: tokens up to
-    each answer's parting. apart: their largest difference in logprob. bound: how near a tie has to
-    be to be broken differently."""
+    each answer's parting. prompt_compared: tokens of prompts whose logprobs both sides have.
+    apart: the largest difference in logprob of these all. bound: how near a tie has to be to be
+    broken differently."""
 
     answers: int
     identical: int
     compared: int
+    prompt_compared: int
     apart: float
     bound: float
     partings: list[Parting]
+
+    def unlike(self) -> bool:
+        """Whether a token differs, or a logprob by more than rounding explains."""
+        return self.identical < self.answers or self.apart > self.bound
 
     def problems(self) -> list[str]:
         """What rounding does not explain, in words; empty if it explains all."""
@@ -91,9 +87,23 @@ class Agreement:
         return found
 
 
-def compare(report: Given, reference: Given, bound: float) -> Agreement:
+def chosen(answers: Answers, prompts: Sequence[int]) -> Answers:
+    """The answers to some prompts, each answered once, numbered anew."""
+    return Answers(
+        prompts=list(range(len(prompts))),
+        times=[1] * len(prompts),
+        tokens=[answers.tokens[index] for index in prompts],
+        logprobs=[answers.logprobs[index] for index in prompts],
+        margins=[answers.margins[index] for index in prompts],
+        prompt_logprobs=[
+            answers.prompt_logprobs[index] for index in prompts if answers.prompt_logprobs
+        ],
+    )
+
+
+def compare(report: Answers, reference: Answers, bound: float) -> Agreement:
     """A run's answers beside those of another, which answered each of the prompts."""
-    compared, identical, apart, partings = 0, 0, 0.0, []
+    compared, prompt_compared, identical, apart, partings = 0, 0, 0, 0.0, []
     rows = {prompt: row for row, prompt in enumerate(reference.prompts)}
     for ours, (prompt, times) in enumerate(zip(report.prompts, report.times, strict=True)):
         theirs = rows[prompt]
@@ -101,12 +111,18 @@ def compare(report: Given, reference: Given, bound: float) -> Agreement:
         # A run that was to make fewer tokens is compared as far as it goes.
         differs = [a != b for a, b in zip(tokens, expected, strict=False)]
         same = differs.index(True) if any(differs) else len(differs)
-        logprobs = zip(report.logprobs[ours][:same], reference.logprobs[theirs][:same], strict=True)
-        apart = max([apart, *(abs(a - b) for a, b in logprobs)])
+        pairs = [*zip(report.logprobs[ours][:same], reference.logprobs[theirs][:same], strict=True)]
+        if report.prompt_logprobs and reference.prompt_logprobs:
+            given = report.prompt_logprobs[ours], reference.prompt_logprobs[theirs]
+            pairs += zip(*given, strict=True)
+            prompt_compared += len(given[0])
+        apart = max([apart, *(abs(a - b) for a, b in pairs)])
         compared += same
         if same == len(differs):
             identical += times
             continue
         margins = (report.margins[ours][same], reference.margins[theirs][same])
         partings.append(Parting(prompt, same, tokens[same], expected[same], *margins, times))
-    return Agreement(sum(report.times), identical, compared, apart, bound, partings)
+    return Agreement(
+        sum(report.times), identical, compared, prompt_compared, apart, bound, partings
+    )

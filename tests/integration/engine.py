@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -27,7 +28,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.integration.models import Model, Weights, loading
+from tests.integration.call_faults import FAULTS
+from tests.integration.models import SAMPLING_RATE, Model, Weights, loading, noise
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY_POINT = ("vllm.general_plugins", "xfv1:register")
@@ -45,8 +47,6 @@ ENVIRONMENT = {
 CACHE_BYTES = 2 << 30
 # What a session does not take over from the process that starts it.
 OWN = ("XFV1_CPU", "XFV1_DEBUG", "XFV1_OPS", "TRITON_INTERPRET", "XFORMERS_ENABLE_TRITON")
-# Faults planted in xfv1's ops: how many keys each request has more than it should.
-FAULTS = {"newest_key_lost": -1, "one_key_ahead": 1}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class Run:
     n-gram speculator proposes at most, 0 for none. ops: XFV1_OPS. fault: a name among `FAULTS`.
     jitter: each attention's output is moved, at random, by up to so many units in its last
     place, as another right answer may be. context_parallel: ranks a request's keys are spread
-    over, all of the session's or one.
+    over, all of the session's or one. prompt_logprobs: the engine gives them too, and then reads
+    no cached prefix. audio: samples of noise that the encoder of an encoder-decoder model hears
+    with each prompt.
     """
 
     model: Model
@@ -79,6 +81,24 @@ class Run:
     fault: str = ""
     jitter: float = 0.0
     context_parallel: int = 1
+    prompt_logprobs: bool = False
+    audio: list[int] = field(default_factory=list)
+
+    @property
+    def engine(self) -> "Run":
+        """The run without what an engine is given after its start.
+
+        Runs share an engine where this is equal. A CUDA graph keeps the fault that was planted
+        while it was captured, so there the fault stays.
+        """
+        fault = self.fault if self.graphs else ""
+        served: dict[str, Any] = {
+            "prompts": [], "max_tokens": 0, "until": 0.0, "fault": fault, "jitter": 0.0,
+            "prompt_logprobs": False,
+            # An engine's start depends on whether it has an encoder.
+            "audio": [1] if self.audio else [],
+        }  # fmt: skip
+        return dataclasses.replace(self, **served)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Run":
@@ -99,19 +119,14 @@ class Session:
     ranks: int = 1
 
 
-@dataclass(frozen=True)
-class RunReport:
-    """What an engine answered, and what really ran.
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """Greedy answers to prompts.
 
     prompts: which of the run's each answer is to. times: how often it was given; a prompt that
     is given again may be answered otherwise. tokens, logprobs: [answer][step]. margins: by how
-    much each token beat the next best, in logprob. cached: tokens of each answer's prompt that
-    prefix caching served. impls, backends: class of each attention layer's impl and backend.
-    forwards: calls of the impls' forward. ops: calls of xfv1's ops, by "op phase
-    max_query_len"; captured: those that a CUDA graph recorded. graphs: vLLM's mode of CUDA
-    graphs in the end. replays: of a graph. context_ranks: what every layer believes to share its
-    requests' keys with. counters: vLLM's own, by name. start_s, serve_s: seconds to start the
-    engine and to serve the prompts.
+    much each token beat the next best, in logprob. prompt_logprobs: of each answer's prompt, from
+    its second token on; empty where nobody asked for them.
     """
 
     prompts: list[int]
@@ -119,10 +134,25 @@ class RunReport:
     tokens: list[list[int]]
     logprobs: list[list[float]]
     margins: list[list[float]]
+    prompt_logprobs: list[list[float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport(Answers):
+    """What an engine answered, and what really ran.
+
+    cached: tokens of each answer's prompt that prefix caching served. impls, backends: class of
+    each attention layer's impl and backend. forwards: calls of each layer's forward. ops: calls
+    of xfv1's ops, by "op phase max_query_len"; captured: those that a CUDA graph recorded.
+    graphs: vLLM's mode of CUDA graphs in the end. replays: of a graph. context_ranks: what every
+    layer believes to share its requests' keys with. counters: vLLM's own, by name. start_s,
+    serve_s: seconds to start the engine (0 if it had served another run) and to serve the prompts.
+    """
+
     cached: list[int]
     impls: list[str]
     backends: list[str]
-    forwards: int
+    forwards: list[int]
     ops: dict[str, int]
     captured: dict[str, int]
     graphs: str
@@ -214,11 +244,7 @@ class Process:
 
     def so_far(self, rank: int = 0) -> Report:
         """The runs that are through, as a rank has them."""
-        if not self._reports[rank].exists():
-            return Report("", False, {})
-        content = json.loads(self._reports[rank].read_text())
-        runs = {name: RunReport(**run) for name, run in content.pop("runs").items()}
-        return Report(**content, runs=runs)
+        return read_report(self._reports[rank])
 
     def stop(self) -> None:
         """End it, whether or not it is through."""
@@ -226,6 +252,15 @@ class Process:
             process.kill()
         for process in self._processes:
             process.wait()
+
+
+def read_report(path: Path) -> Report:
+    """What a session's process has written so far."""
+    if not path.exists():
+        return Report("", False, {})
+    content = json.loads(path.read_text())
+    runs = {name: RunReport(**run) for name, run in content.pop("runs").items()}
+    return Report(**content, runs=runs)
 
 
 def _rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -267,38 +302,67 @@ def serve(session: Session) -> Iterator[Report]:
         import xfv1
 
         xfv1.register()
-    environment.register_models(*{run.model.architecture for run in session.runs.values()})
+    for run in session.runs.values():
+        _register_model(run.model)
     # On a CPU, numba breaks vLLM's start of any engine after it: the n-gram speculators go last.
     ordered = sorted(session.runs.items(), key=lambda item: item[1].drafts)
     runs = {}
-    for name, run in ordered:
+    for _, shared in itertools.groupby(ordered, key=lambda item: item[1].engine):
         # vLLM collects eight times an engine, over all that was ever imported.
         with mock.patch.object(gc, "collect"):
-            runs[name] = _run(run, session.ranks)
-        # Clearing up may take longer than whoever waits has time for.
-        yield Report(vllm.__version__, installed, runs)
+            for name, report in _serve_all(dict(shared), session.ranks):
+                runs[name] = report
+                # Clearing up may take longer than whoever waits has time for.
+                yield Report(vllm.__version__, installed, runs)
         _clear_up()
         if session.ranks > 1:
             # The next engine's ranks may meet before the last one's meeting place is gone.
             os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
 
 
-def _run(run: Run, ranks: int) -> RunReport:
+def _register_model(model: Model) -> None:
+    """Make vLLM take the model's class from this process: its own, or one of ours."""
+    from vllm import ModelRegistry
+
+    from tests.harness import environment
+
+    if not model.implementation:
+        environment.register_models(model.architecture)
+        return
+    module, _, name = model.implementation.partition(":")
+    implementation = getattr(importlib.import_module(module), name)
+    ModelRegistry.register_model(model.architecture, implementation)
+
+
+def _serve_all(runs: dict[str, Run], ranks: int) -> Iterator[tuple[str, RunReport]]:
+    """Serve the runs that share an engine, and give the report of each as soon as it is there."""
+    first = next(iter(runs.values()))
     began = time.perf_counter()
-    with _counted_ops(run.fault) as (ops, captured):
-        llm = start(run, ranks)
-        layers = _attention_layers(llm)
-        # What ran so far is warming up.
-        ops.clear()
-        started = time.perf_counter()
-        with _counted_calls(layers, run.jitter) as calls:
-            # The same tokens to the same prompt are one answer, by whichever request came first.
-            answers: dict[tuple[int, ...], Any] = {}
-            times: Counter[tuple[int, ...]] = Counter()
-            for prompt, output in _outputs(llm, run):
-                key = (prompt, *output.outputs[0].token_ids)
-                answers.setdefault(key, output)
-                times[key] += 1
+    with _watched_ops(first.fault) as ops:
+        llm = start(first, ranks)
+        start_s = time.perf_counter() - began
+        for name, run in runs.items():
+            ops.fault = run.fault
+            # What ran so far is warming up, or another run.
+            ops.calls.clear()
+            llm.reset_prefix_cache()
+            yield name, _serve(llm, run, ops, start_s)
+            start_s = 0.0
+
+
+def _serve(llm: Any, run: Run, ops: "Ops", start_s: float) -> RunReport:
+    """Serve one run by an engine that took start_s seconds to start."""
+    layers = _attention_layers(llm)
+    before = Counter(counters(llm))
+    started = time.perf_counter()
+    with _counted_calls(layers, run.jitter) as calls:
+        # The same tokens to the same prompt are one answer, by whichever request came first.
+        answers: dict[tuple[int, ...], Any] = {}
+        times: Counter[tuple[int, ...]] = Counter()
+        for prompt, output in _outputs(llm, run):
+            key = (prompt, *output.outputs[0].token_ids)
+            answers.setdefault(key, output)
+            times[key] += 1
     serve_s = time.perf_counter() - started
     steps = [
         [(token, step) for token, step in zip(a.token_ids, a.logprobs, strict=True)]
@@ -310,17 +374,20 @@ def _run(run: Run, ranks: int) -> RunReport:
         tokens=[tokens for _, *tokens in answers],
         logprobs=[[step[token].logprob for token, step in row] for row in steps],
         margins=[[_margin(step) for _, step in row] for row in steps],
+        prompt_logprobs=[
+            _prompt_logprobs(output) for output in answers.values() if run.prompt_logprobs
+        ],
         cached=[output.num_cached_tokens or 0 for output in answers.values()],
-        impls=[_name(type(layer.impl)) for layer in layers],
+        impls=[_name(_written_class(type(layer.impl))) for layer in layers],
         backends=[_name(layer.get_attn_backend()) for layer in layers],
-        forwards=calls["forward"],
-        ops=dict(ops),
-        captured=dict(captured),
+        forwards=calls.forwards,
+        ops=dict(ops.calls),
+        captured=dict(ops.captured),
         graphs=llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name,
-        replays=calls["replay"],
+        replays=calls.replays,
         context_ranks=min(layer.impl.dcp_world_size for layer in layers),
-        counters=counters(llm),
-        start_s=round(started - began, 1),
+        counters=dict(Counter(counters(llm)) - before),
+        start_s=round(start_s, 1),
         serve_s=round(serve_s, 1),
     )
 
@@ -343,10 +410,15 @@ def _outputs(llm: Any, run: Run) -> Iterator[tuple[int, Any]]:
 
     most = run.max_tokens
     lengths = most if isinstance(most, list) else [most] * len(run.prompts)
-    prompts = [{"prompt_token_ids": ids} for ids in run.prompts]
+    prompts = _given(run)
     sampling = [
         SamplingParams(
-            temperature=0.0, max_tokens=length, ignore_eos=True, logprobs=2, detokenize=False
+            temperature=0.0,
+            max_tokens=length,
+            ignore_eos=True,
+            logprobs=2,
+            detokenize=False,
+            prompt_logprobs=0 if run.prompt_logprobs else None,
         )
         for length in lengths
     ]
@@ -365,6 +437,18 @@ def _outputs(llm: Any, run: Run) -> Iterator[tuple[int, Any]]:
             for output in engine.step():
                 if output.finished:
                     yield int(output.request_id.split("-")[1]), output
+
+
+def _given(run: Run) -> list[dict[str, Any]]:
+    """The run's prompts as vLLM takes them."""
+    prompts: list[dict[str, Any]] = [{"prompt_token_ids": ids} for ids in run.prompts]
+    if not run.audio:
+        return prompts
+    heard = [{"audio": (noise(samples).numpy(), SAMPLING_RATE)} for samples in run.audio]
+    return [
+        {"encoder_prompt": {"prompt": "", "multi_modal_data": audio}, "decoder_prompt": prompt}
+        for audio, prompt in zip(heard, prompts, strict=True)
+    ]
 
 
 def start(run: Run, ranks: int = 1) -> Any:
@@ -413,10 +497,11 @@ def start(run: Run, ranks: int = 1) -> Any:
             enable_flashinfer_autotune=False,
             enable_chunked_prefill=True,
             enable_prefix_caching=run.prefix_caching,
-            skip_tokenizer_init=True,
+            # vLLM's audio processor asks for a tokenizer.
+            skip_tokenizer_init=not run.audio,
             disable_log_stats=False,
             seed=0,
-            **loading(run.model.weights),
+            **loading(run.model),
             **options,
         )
 
@@ -446,17 +531,35 @@ def _margin(step: dict[int, Any]) -> float:
     return float(best - second)
 
 
+def _written_class(kind: type[Any]) -> type[Any]:
+    """The class, or its base where vLLM derived the class in a function (cross attention)."""
+    return next(base for base in kind.__mro__ if "<locals>" not in base.__qualname__)
+
+
+def _prompt_logprobs(output: Any) -> list[float]:
+    """Logprobs of the prompt's tokens but the first, which nothing comes before."""
+    steps = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+    return [step[token].logprob for token, step in steps]
+
+
+@dataclass
+class Calls:
+    """forwards: calls of each layer's forward. replays: how often a CUDA graph was replayed."""
+
+    forwards: list[int]
+    replays: int = 0
+
+
 @contextlib.contextmanager
-def _counted_calls(layers: list[Any], jitter: float) -> Iterator[Counter[str]]:
-    """Counts of the impls' forward calls, their outputs moved or as they are, and of the CUDA
-    graphs replayed."""
+def _counted_calls(layers: list[Any], jitter: float) -> Iterator[Calls]:
+    """The layers count their calls, and move their outputs by a jitter, while this lasts."""
     import torch
 
-    calls: Counter[str] = Counter()
+    calls = Calls([0] * len(layers))
 
-    def counting(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def counting(index: int, forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def call(*args: Any, **kwargs: Any) -> torch.Tensor:
-            calls["forward"] += 1
+            calls.forwards[index] += 1
             output = forward(*args, **kwargs)
             if jitter:
                 moved = 2 * torch.rand(output.shape, device=output.device) - 1
@@ -466,12 +569,12 @@ def _counted_calls(layers: list[Any], jitter: float) -> Iterator[Counter[str]]:
         return call
 
     def counted_replay(graph: Any) -> None:
-        calls["replay"] += 1
+        calls.replays += 1
         replay(graph)
 
     with contextlib.ExitStack() as stack:
-        for layer in layers:
-            forward = counting(layer.impl.forward)
+        for index, layer in enumerate(layers):
+            forward = counting(index, layer.impl.forward)
             stack.enter_context(mock.patch.object(layer.impl, "forward", forward))
         if torch.cuda.is_available():
             replay = torch.cuda.CUDAGraph.replay
@@ -479,33 +582,43 @@ def _counted_calls(layers: list[Any], jitter: float) -> Iterator[Counter[str]]:
         yield calls
 
 
+@dataclass
+class Ops:
+    """xfv1's ops under watch.
+
+    fault: the name among `FAULTS` of the fault that every call has from now on; "" for none.
+    calls: how often each "op phase max_query_len" was called.
+    captured: the same of the calls that a CUDA graph recorded.
+    """
+
+    fault: str
+    calls: Counter[str] = field(default_factory=Counter)
+    captured: Counter[str] = field(default_factory=Counter)
+
+
 @contextlib.contextmanager
-def _counted_ops(fault: str) -> Iterator[tuple[Counter[str], Counter[str]]]:
-    """Counts of the calls of xfv1's ops, those apart that a CUDA graph records; each with a fault
-    among `FAULTS` in it, as it is for ""."""
+def _watched_ops(fault: str) -> Iterator[Ops]:
+    """xfv1's ops count their calls, and have a fault, while this lasts."""
     import torch
 
     from xfv1.dispatch import OPS
 
-    calls: Counter[str] = Counter()
-    captured: Counter[str] = Counter()
+    ops = Ops(fault)
     cuda = torch.cuda.is_available()
 
-    def counting(name: str, run: Callable[[Any], None]) -> Callable[[Any], None]:
+    def watched(name: str, run: Callable[[Any], None]) -> Callable[[Any], None]:
         def call(call: Any) -> None:
-            if fault:
-                keys = (call.seq_lens + FAULTS[fault]).clamp(min=0)
-                call = dataclasses.replace(call, seq_lens=keys)
-            run(call)
-            counts = captured if cuda and torch.cuda.is_current_stream_capturing() else calls
+            run(FAULTS[ops.fault](call) if ops.fault else call)
+            captured = cuda and torch.cuda.is_current_stream_capturing()
+            counts = ops.captured if captured else ops.calls
             counts[f"{name} {call.batch.phase} {call.batch.max_query_len}"] += 1
 
         return call
 
     with contextlib.ExitStack() as stack:
         for name, op in OPS.items():
-            stack.enter_context(mock.patch.object(op, "run", counting(name, op.run)))
-        yield calls, captured
+            stack.enter_context(mock.patch.object(op, "run", watched(name, op.run)))
+        yield ops
 
 
 def main() -> None:

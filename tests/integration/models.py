@@ -17,6 +17,8 @@ import torch
 LOAD_FORMAT = "drawn"
 # Few tokens: the best is ahead by more, and an n-gram speculator finds every token in the prompt.
 VOCABULARY = 32
+# Audio has so many samples a second.
+SAMPLING_RATE = 16000
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,22 @@ class Weights:
 
 @dataclass(frozen=True)
 class Model:
-    """config: Hugging Face's config.json. dtype: that it is served in."""
+    """A model that vLLM serves.
+
+    config: Hugging Face's config.json.
+    dtype: the dtype that it is served in.
+    weights: how its weights are drawn.
+    folder: a checkpoint whose weights vLLM loads; "" if they are drawn.
+    overrides: entries of config.json for which vLLM takes other values.
+    implementation: "module:class" of the model, if vLLM has none; else "".
+    """
 
     config: Mapping[str, Any]
     dtype: str = "float16"
     weights: Weights = field(default_factory=Weights)
+    folder: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    implementation: str = ""
 
     @property
     def architecture(self) -> str:
@@ -59,7 +72,10 @@ class Model:
         return replace(self, config={**self.config, **config})
 
     def save(self, folder: Path) -> str:
-        """Write config.json, all that a folder has to hold, and give the folder's name."""
+        """Return the checkpoint's folder; if there is none, write config.json to a folder, which
+        needs no more where weights are drawn, and return that folder."""
+        if self.folder:
+            return self.folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config, indent=1))
         return str(folder)
@@ -139,13 +155,20 @@ def prompt(seed: int, length: int, vocab_size: int = VOCABULARY) -> list[int]:
     return ids
 
 
+def noise(samples: int) -> torch.Tensor:
+    """White noise [samples], each number of samples with a noise of its own."""
+    return torch.randn(samples, generator=torch.Generator().manual_seed(samples))
+
+
 # What follows runs where vLLM is imported.
 
 
-def loading(weights: Weights) -> dict[str, Any]:
-    """Arguments of vLLM's LLM by which it draws weights and reads no file."""
+def loading(model: Model) -> dict[str, Any]:
+    """Arguments of vLLM's LLM by which it loads a checkpoint, or draws weights and reads none."""
+    if model.folder:
+        return {"hf_overrides": dict(model.overrides)}
     _register_loader()
-    return {"load_format": LOAD_FORMAT, "model_loader_extra_config": asdict(weights)}
+    return {"load_format": LOAD_FORMAT, "model_loader_extra_config": asdict(model.weights)}
 
 
 @functools.cache

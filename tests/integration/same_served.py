@@ -23,8 +23,8 @@ from benchmarks import environment as provenance
 from benchmarks import save, say
 from tests.harness.environment import prepare
 from tests.integration import agreement
-from tests.integration.agreement import Answers
 from tests.integration.checkpoint import VOCABULARY, save_llama
+from tests.integration.engine import Answers
 from tests.integration.installed import environment, install
 from tests.integration.models import prompt
 from tests.integration.server import Server, answers_of, run_script

@@ -22,7 +22,7 @@ import httpx
 import psutil
 from openai import OpenAI
 
-from tests.integration.agreement import Answers
+from tests.integration.engine import Answers
 
 # Seconds that a server may take to start and to stop, on a loaded machine.
 PATIENCE = 900.0

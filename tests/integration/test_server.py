@@ -20,8 +20,8 @@ import httpx
 import pytest
 
 from tests.integration import agreement
-from tests.integration.agreement import Answers
 from tests.integration.checkpoint import VOCABULARY, save_llama
+from tests.integration.engine import Answers
 from tests.integration.installed import ROOT, environment, install
 from tests.integration.models import prompt
 from tests.integration.server import PATIENCE, Offline, Server, answers_of, run_script

@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 
 from tests.integration import agreement
+from tests.integration.against_transformers import CROSS, IMPL, SOUND, Result, unserved
+from tests.integration.against_transformers import XFV1 as BACKEND
+from tests.integration.checkpoints import CHECKPOINTS
 from tests.integration.engine import Run, RunReport
 from tests.integration.models import LLAMA, prompt
 from tests.integration.same_tokens import XFV1, unexercised
@@ -24,7 +27,7 @@ def report(*tokens: list[int], margin: float = 1.0) -> RunReport:
         cached=[16] * len(tokens),
         impls=[XFV1] * LLAMA.num_layers,
         backends=["xfv1.backend.XFormersAttentionBackend"] * LLAMA.num_layers,
-        forwards=4,
+        forwards=[4] * LLAMA.num_layers,
         ops={"vllm_fa3 prefill 64": 4},
         captured={"triton decode 3": 4},
         graphs="FULL_DECODE_ONLY",
@@ -81,6 +84,15 @@ def test_logprobs_further_apart_than_rounding_are_a_problem() -> None:
     assert problem.startswith("logprobs 2.00e-02 apart")
 
 
+def test_prompts_logprobs_are_compared_where_both_sides_have_them() -> None:
+    scored = replace(RIGHT, prompt_logprobs=[[-1.0, -2.0]] * 4)
+    off = replace(RIGHT, prompt_logprobs=[[-1.0, -2.0]] * 3 + [[-1.0, -2.0 - 2 * BOUND]])
+    assert agreement.compare(RIGHT, scored, BOUND).prompt_compared == 0
+    assert agreement.compare(scored, scored, BOUND).prompt_compared == 8
+    (problem,) = agreement.compare(off, scored, BOUND).problems()
+    assert problem.startswith("logprobs 2.00e-02 apart")
+
+
 def test_nothing_compared_is_a_problem() -> None:
     nothing = report()
     assert agreement.compare(nothing, nothing, BOUND).problems() == ["nothing was compared"]
@@ -121,9 +133,49 @@ def test_a_run_that_used_all_is_complete() -> None:
         ({"counters": {"vllm:spec_decode_num_draft_tokens": 2}}, "drafts"),
         ({"prompts": [0, 1, 2, 2]}, "answer to every prompt"),
         ({"context_ranks": 2}, "cache over 1 ranks"),
-        ({"forwards": 0}, "steps outside of graphs"),
+        ({"forwards": [4, 0]}, "steps outside of graphs"),
     ],
 )
 def test_what_a_run_did_not_use_is_told(changed: dict[str, Any], missed: str) -> None:
     (told,) = unexercised(RUN, replace(RIGHT, **changed), XFV1)
     assert missed in told
+
+
+SERVED = replace(RIGHT, impls=[IMPL] * 2, backends=[f"xfv1.backend.{BACKEND}"] * 2, forwards=[2, 2])
+
+
+def test_layers_that_xfv1_serves_are_told_from_others() -> None:
+    assert unserved(CHECKPOINTS["llama"], SERVED) == []
+    crossed = [f"xfv1.backend.{BACKEND}", f"abc.{CROSS}"] * 2
+    whisper = replace(SERVED, impls=[IMPL] * 4, backends=crossed, forwards=[1] * 4)
+    assert unserved(CHECKPOINTS["whisper"], whisper) == []
+    assert unserved(CHECKPOINTS["whisper"], replace(whisper, backends=crossed[:1] * 4))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"backends": [f"xfv1.backend.{BACKEND}", "vllm.CPUAttentionBackend"]}, "backends"),
+        ({"backends": [f"xfv1.backend.{BACKEND}"]}, "backends"),
+        ({"impls": [IMPL, "vllm.CPUAttentionBackendImpl"]}, "classes"),
+        ({"forwards": [4, 0]}, "calls of the layers"),
+        ({"ops": {"torch prefill 64": 3}}, "calls of xfv1's ops"),
+    ],
+)
+def test_a_layer_that_xfv1_does_not_serve_is_told(changed: dict[str, Any], told: str) -> None:
+    (found,) = unserved(CHECKPOINTS["llama"], replace(SERVED, **changed))
+    assert told in found
+
+
+def test_a_fault_is_noticed_by_another_logprob_or_another_token() -> None:
+    runs = {
+        SOUND: RIGHT,
+        "logprob": replace(RIGHT, logprobs=[[-1.0, -1.0, -1.0 - 2 * BOUND]] * 4),
+        "token": report([7, 8, 9], [7, 6, 9], [7, 8, 9], [7, 8, 9]),
+    }
+    agreements = {name: agreement.compare(run, RIGHT, BOUND) for name, run in runs.items()}
+    result = Result(RIGHT, BOUND, runs, agreements)
+    assert [result.noticed(name) for name in runs] == [False, True, True]
+    # A comparison that nothing passes notices nothing.
+    agreements[SOUND] = agreements["token"]
+    assert not result.noticed("logprob")

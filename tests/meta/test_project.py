@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fixtures.tables import TIERS, cases
+from tests.integration.real import checkpoint as real
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -122,13 +123,14 @@ def test_toxs_commands_are_the_ones_the_readme_gives_without_it() -> None:
     for name in ("cuda", "rocm"):
         assert tox[f"testenv:{name}"]["commands"].startswith("pytest -c pyproject.toml -m gpu ")
         assert tox[f"testenv:{name}"]["deps"] == f".[{name},test]"
-    for section in ("testenv", "testenv:self", "testenv:cuda", "testenv:rocm"):
+    for section in ("testenv", "testenv:self", "testenv:real", "testenv:cuda", "testenv:rocm"):
         assert tox[section]["commands"].endswith(" {posargs}"), section
 
 
-def test_cpu_and_self_share_one_environment() -> None:
-    """self installs nothing and runs within cpu: tox remakes a folder that two names share."""
-    own = _tox()["testenv:self"]
+@pytest.mark.parametrize("name", ["self", "real"])
+def test_an_environment_runs_within_cpu(name: str) -> None:
+    """It installs nothing and runs within cpu: tox remakes a folder that two names share."""
+    own = _tox()[f"testenv:{name}"]
     assert own["deps"] == ""
     assert own["commands"].startswith("tox exec -e cpu -- pytest ")
 
@@ -139,6 +141,18 @@ def test_the_run_restricted_to_avx2_is_self_once_more() -> None:
     assert restricted["commands"] == plain["commands"].replace("self.xml", "self-avx2.xml")
     assert restricted["deps"] == plain["deps"] == ""
     assert "XFV1_PROCESSOR = avx2" in restricted["set_env"]
+
+
+def test_real_makes_the_checkpoint_that_its_tests_read() -> None:
+    """In no environment's folder, which tox may remake; self skips these tests without it."""
+    own = _tox()["testenv:real"]
+    name, _, folder = own["set_env"].partition(" = ")
+    assert name == real.VARIABLE
+    assert own["commands_pre"] == (f"tox exec -e cpu -- python -m {real.__name__} {{env:{name}}}")
+    assert "tests/integration/real " in own["commands"]
+    environments = {section.removeprefix("testenv:") for section in _tox().sections()} | {"cpu"}
+    assert Path(folder).parent.name == ".tox"
+    assert Path(folder).name not in environments
 
 
 def test_self_runs_every_folder_of_tests_but_the_matrix() -> None:
