@@ -145,12 +145,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # A test to which no case applies is given none, and a mark to be skipped.
         if hasattr(item, "callspec") and isinstance(item.callspec.params.get("case"), AttnCase)
     }
-    # All tests of a case follow each other, so that its inputs are built once; the cases as they
-    # lie in the tables, after the tests that draw their own, which take longest.
+    # All tests of a case follow each other, so that its inputs are built once. The cases come as
+    # they lie in the tables, after what takes longest: tests that share an engine, and tests that
+    # draw their own cases.
     order: dict[str, int] = {}
     for case in cases.values():
         order.setdefault(case.id, len(order))
-    items.sort(key=lambda item: order[cases[item].id] if item in cases else -1)
+
+    def place(item: pytest.Item) -> int:
+        if item in cases:
+            return order[cases[item].id]
+        return -1 if item.get_closest_marker("xdist_group") is None else -2
+
+    items.sort(key=place)
     _mark_known(config, items, cases)
     if config.option.case:
         # Just these cases: no test that draws its own.

@@ -198,7 +198,7 @@ def test_a_run_says_what_it_did(tmp_path: Path) -> None:
     assert refused.status == 1
     assert set(refused.statuses.values()) == {"refused"}
     assert "PROBLEM: nothing was compared" in refused.output
-    assert f"refused {refused.counts['refused']}: head_size not supported" in refused.output
+    assert f"refused {refused.counts['refused']}: head_size=64: expected 1 to 512" in refused.output
     assert refused.results["problems"]
 
     assert unwritten.status == 1
