@@ -104,7 +104,8 @@ def survey(features: dict[str, dict[str, Any]], dtype_name: str) -> dict[str, An
     import torch
 
     from xfv1 import __version__, dispatch
-    from xfv1.ops.base import DECODE, PREFILL, Batch, Layer, device_of
+    from xfv1.device import device_of
+    from xfv1.ops.base import DECODE, PREFILL, Batch, Layer
 
     on_gpu = torch.cuda.is_available()
     device = device_of("cuda" if on_gpu else "cpu")

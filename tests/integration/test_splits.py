@@ -17,7 +17,7 @@ from tests.harness.compare import check_lse, check_output
 from tests.harness.oracle import expected, written_cache
 from tests.integration import sanitize
 from tests.integration.interpreted import passed_in_interpreter
-from xfv1.ops.base import device_of
+from xfv1.device import device_of
 
 DECODES: dict[str, Any] = {
     "query_lens": (1, 1, 1), "seq_lens": (70, 5, 33), "num_heads": 4, "num_kv_heads": 2,
