@@ -16,7 +16,7 @@ import torch
 from fixtures.cases import AttnCase
 from tests.cards.cards import CARDS
 from tests.integration.interpreted import passed_in_interpreter
-from tests.integration.test_splits import DECODES, check
+from tests.integration.test_splits import DECODES, check_answer
 from xfv1.device import device_of
 from xfv1.kernels import paged
 
@@ -51,7 +51,7 @@ def test_another_cards_tilings_give_the_references_answer(
     name: str, sample: AttnCase, device: torch.device
 ) -> None:
     with mock.patch.object(paged, "device_of", return_value=CARDS[name].device):
-        check(sample, SPLITS, device)
+        check_answer(sample, SPLITS, device)
 
 
 @pytest.mark.usefixtures("own_kernel")

@@ -14,7 +14,7 @@ from xfv1.device import Device
 # Up to this many rows of a request and KV head count as decode: bound by memory, one tile of rows.
 MAX_DECODE_ROWS = 64
 MAX_PREFILL_ROWS = 128
-# Small tiles of a decode that should fit into a multiprocessor's shared memory at the same time.
+# So many small tiles of a decode should fit into a multiprocessor's shared memory together.
 DECODE_PROGRAMS = 3
 # sm_86, sm_89 and sm_120 have less than this, Ampere's sm_80 more.
 SMALL_SHARED_MEMORY = 128 * 1024
@@ -34,11 +34,11 @@ class Config:
     num_stages: int
 
 
-# Where operands lie in registers, by the padded head size and in that order: the most rows of a
-# tile, its keys, and the fewest warps. These are the largest tiles that the compiler spills little
-# or nothing of (docs/cards.md).
+# Tiles of cards whose operands lie in registers. Each entry is for padded head sizes up to its first
+# number; then come the most rows, the keys and the fewest warps of a tile. These are the largest
+# tiles that spill little or nothing (docs/cards.md).
 Registers = tuple[tuple[int, int, int, int], ...]
-TURING: Registers = ((64, 64, 32, 8), (128, 32, 32, 8), (256, 16, 32, 8), (512, 8, 16, 8))
+TURING: Registers = ((64, 64, 32, 8), (128, 32, 32, 8), (256, 16, 16, 8), (512, 8, 16, 8))
 TURING_FLOAT32: Registers = ((64, 64, 32, 8), (256, 16, 16, 8), (512, 8, 16, 8))
 RDNA: Registers = ((64, 128, 32, 2), (128, 64, 16, 2), (256, 64, 16, 4), (512, 16, 16, 8))
 RDNA_FLOAT32: Registers = ((64, 32, 16, 8), (512, 16, 16, 8))
@@ -83,20 +83,23 @@ def _config(
             # A wavefront is two warps: as many threads as on an H100. One stage, as vLLM's own
             # Triton kernels have on ROCm (vllm/v1/attention/ops/prefix_prefill.py).
             config = replace(config, num_warps=config.num_warps // 2, num_stages=1)
-        elif _is_ampere_like(device):
-            config = _ampere(config, device, layer, decode)
+        elif device.kind == "cuda" and not _is_hopper(device):
+            if float32 and key_bytes == 1:
+                # Two stages of float8 beside float32 spill.
+                config = replace(config, num_stages=1)
+            if _is_ampere_like(device):
+                config = _ampere(config, device, layer, decode)
     return _cut(config, device, layer)
 
 
 def _ampere(config: Config, device: Device, layer: Layer, decode: bool) -> Config:
-    """An H100's tiling where a multiprocessor has less shared memory, and the tensor cores take
-    their operands from registers."""
+    """An H100's tiling, with fewer stages where a multiprocessor has less shared memory, and smaller
+    where registers hold the tensor cores' operands."""
     head_size, query_bytes, key_bytes = layer
     programs = 1
     if decode and config.block_m == SMALLEST and head_size <= 256:
-        # As many as have room on an H100 and more than one.
         programs = DECODE_PROGRAMS
-    # With an H100's rows of large heads, or its keys of smaller ones, prefills spill.
+    # An H100's rows of large heads would spill, and its keys of smaller ones.
     if head_size > 256:
         config = replace(config, block_m=min(config.block_m, 32))
     elif head_size > 128 and not decode:
@@ -106,30 +109,34 @@ def _ampere(config: Config, device: Device, layer: Layer, decode: bool) -> Confi
         # (csrc/flash_attn/src/flash_fwd_launch_template.h).
         config = replace(config, block_n=32)
         programs = 2 if device.shared_memory < SMALL_SHARED_MEMORY else 1
+    if config.block_m == 64 and head_parts(head_size)[1]:
+        config = replace(config, block_n=SMALLEST)
+    # Float8 that is decoded in registers spills as well, unless there are fewer keys.
     if key_bytes == 1 and not device.converts_e4m3:
-        # Float8 is decoded in registers, with room for fewer keys at a time, and beside float32 for
-        # no second stage.
-        keys = max(config.block_n // 2, SMALLEST)
-        stages = 1 if query_bytes == 4 else config.num_stages
-        config = replace(config, block_n=keys, num_stages=stages)
+        config = replace(config, block_n=max(config.block_n // 2, SMALLEST))
     if config.num_stages > 2 and programs * _operands(device, config, layer) > device.shared_memory:
         config = replace(config, num_stages=2)
     return config
 
 
 def _is_turing(device: Device) -> bool:
-    """Triton uses tensor cores from Ampere on."""
+    """Whether Triton uses no tensor cores: it does from Ampere on."""
     return device.kind == "cuda" and device.capability < (8, 0)
 
 
+def _is_hopper(device: Device) -> bool:
+    return device.kind == "cuda" and (9, 0) <= device.capability < (10, 0)
+
+
 def _is_ampere_like(device: Device) -> bool:
-    """The tensor cores are given their operands from registers, as on Ampere: all but Hopper's and
-    the larger Blackwell's."""
+    """Whether tensor cores take their operands from registers, as on Ampere, Ada and the smaller
+    Blackwell; Hopper's and the larger Blackwell's take them from shared memory."""
     return device.kind == "cuda" and not (9, 0) <= device.capability < (12, 0)
 
 
 def _is_rdna(device: Device) -> bool:
-    """AMD's cards for desktops: warps of 32, and each matrix operand twice in registers."""
+    """Whether it is one of AMD's cards for desktops: their warps have 32 threads, and registers
+    hold a matrix operand twice."""
     return device.kind == "hip" and device.warp_size == 32
 
 
@@ -152,7 +159,7 @@ def _prefill(head_size: int, rows: int) -> Config:
 
 
 def _float32(head_size: int, rows: int) -> Config:
-    """IEEE float32 has no tensor core: its tiles live in registers and must be small."""
+    """Tensor cores do not multiply IEEE float32: tiles lie in registers, and must be small."""
     block_m = _row_tile(rows, 64 if head_size <= 64 else 16)
     return Config(block_m, 32 if head_size <= 128 else 16, 8, 2)
 
@@ -189,8 +196,8 @@ def shared_memory(
 ) -> int:
     """Bytes of shared memory that a launch takes at most, as Triton 3.8 lays it out.
 
-    Once for the loop over keys; and, after it, for what a row's sums are rearranged in to be
-    stored, in float32 where keys are split over programs.
+    The loop over keys holds operands there. After it, the rows' sums are rearranged there to be
+    stored, in float32 if keys are split over programs.
     """
     sums = config.block_m * sum(head_parts(head_size)) * 4
     return max(_operands(device, config, (head_size, query_bytes, key_bytes)), sums)
@@ -206,10 +213,8 @@ def _operands(device: Device, config: Config, layer: Layer) -> int:
     # Keys of float8 are stored once more as what they are multiplied as.
     converted = n * d * query_bytes if key_bytes < query_bytes else 0
     if device.kind == "hip":
-        if stages == 1:
-            return max(queries, keys, converted) + logits
-        buffers = stages if device.arch == "gfx950" else stages - 1
-        return max(queries, 2 * buffers * keys + converted + logits)
+        # One stage, and queries that make room for the keys.
+        return max(queries, keys, converted) + logits
     if _is_turing(device):
         operands = (m + n) * d * 4 + (logits + 256 if query_bytes == 4 else 0)
         return max(operands, 2 * m * n * 4)
