@@ -677,7 +677,8 @@ def measure_all(args: argparse.Namespace, rows: Sequence[Row], device: torch.dev
 
 def sweep(args: argparse.Namespace, rows: Sequence[Row], device: torch.device) -> None:
     """Tilings of xfv1's own kernel, then how many programs share an SM, on each row."""
-    from xfv1.kernels import paged
+    from xfv1.device import device_of
+    from xfv1.kernels import paged, tiling
 
     recorder = Recorder(args.json)
     recorder.state.setdefault("environment", environment())
@@ -687,10 +688,14 @@ def sweep(args: argparse.Namespace, rows: Sequence[Row], device: torch.device) -
             return
         work = build(row, device)
         decode = row.phase == DECODE
-        choose = paged.decode_config if decode else paged.prefill_config
-        group = row.num_heads // row.num_kv_heads
+        choose = tiling.decode_config if decode else tiling.prefill_config
+        rows_of_tile = row.num_heads // row.num_kv_heads * row.query_len
         base = choose(
-            row.head_size, group, work.query.element_size(), row.block_size, row.query_len
+            device_of(device),
+            row.head_size,
+            rows_of_tile,
+            work.query.element_size(),
+            work.kv(0)[0].element_size(),
         )
 
         def run_with(config: Any, splits: int | None, work: Work = work) -> Run:

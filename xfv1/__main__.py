@@ -169,7 +169,8 @@ def _served(features: dict[str, dict[str, Any]], dtype_name: str) -> dict[str, A
     import torch
 
     from xfv1 import dispatch
-    from xfv1.ops.base import DECODE, PREFILL, Batch, Layer, device_of
+    from xfv1.device import device_of
+    from xfv1.ops.base import DECODE, PREFILL, Batch, Layer
 
     on_gpu = torch.cuda.is_available()
     device = device_of("cuda" if on_gpu else "cpu")

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -10,9 +11,10 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleO
 
 import xfv1
 from xfv1 import compat, dispatch
+from xfv1.device import Device, device_of
 from xfv1.impl import XFormersImpl
 from xfv1.metadata import XFormersMetadataBuilder
-from xfv1.ops.base import Device, Layer, device_of
+from xfv1.ops.base import Layer
 
 MAX_HEAD_SIZE = 512
 
@@ -213,4 +215,4 @@ def _device(capability: DeviceCapability | None) -> Device:
     device = device_of(compat.device_kind())
     if device.kind == "cpu" or capability is None:
         return device
-    return Device(device.kind, (capability.major, capability.minor), device.interpreted)
+    return replace(device, capability=(capability.major, capability.minor))

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from xfv1.device import Device, device_of
+
 # The first and the last release series of vLLM that xfv1 is tested with.
 TESTED = ((0, 26), (0, 33))
 # The threads that vLLM's cache op counts in.
 WARP = 32
-FP8 = {"fp8": None, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
 
 
 @functools.cache
@@ -70,12 +72,11 @@ def fp8_dtype(kv_cache_dtype: str) -> torch.dtype | None:
     if kv_cache_dtype not in FP8:
         accepted = ", ".join(("auto", "float16", "bfloat16", "float32", *FP8))
         raise NotImplementedError(f"kv_cache_dtype={kv_cache_dtype!r}: expected {accepted}")
-    if dtype := FP8[kv_cache_dtype]:
-        return dtype
+    if kv_cache_dtype == "fp8_e5m2":
+        return torch.float8_e5m2
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        return torch.float8_e4m3fn
+    # By either name vLLM's op writes the platform's own format: float8_e4m3fnuz on an MI300.
     platform_dtype: torch.dtype = current_platform.fp8_dtype()
     return platform_dtype
 
@@ -113,7 +114,9 @@ def write_kv(
     key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_size] views.
     """
     # Given fewer elements of a token than a warp has threads, the op never returns.
-    if key.device.type == "cuda" and key.shape[1] * key.shape[2] >= WARP:
+    if key.shape[1] * key.shape[2] >= WARP and vllm_writes(
+        device_of(key.device), key.dtype, kv_cache_dtype
+    ):
         from vllm import _custom_ops
 
         # The op reads bytes and a dtype's name.
@@ -136,6 +139,21 @@ def write_kv(
         bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[cache.itemsize]
         cells = cache.view(bits)
         cells[blocks, offsets] = torch.where(real, stored.view(bits), cells[blocks, offsets])
+
+
+def vllm_writes(device: Device, dtype: torch.dtype, kv_cache_dtype: str) -> bool:
+    """Whether vLLM's cache op stores keys of a dtype in such a cache on a device.
+
+    By its source (csrc, each maker's quant_utils.cuh) it knows no fp8_e5m2 on AMD, and makes no
+    float8 of bfloat16 on NVIDIA's cards before Ampere. A card needs no instructions for float8.
+    """
+    if device.kind == "cpu":
+        return False
+    if not kv_cache_dtype.startswith("fp8"):
+        return True
+    if device.kind == "hip":
+        return kv_cache_dtype != "fp8_e5m2"
+    return dtype != torch.bfloat16 or device.capability >= (8, 0)
 
 
 def quantize(content: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:

@@ -1,24 +1,24 @@
 """Which op serves which phase of which layer, and why not the others.
 
-The order in which ops are tried is data (`RULES`), measured by benchmarks/kernels.py; whether an
-op can serve is its own answer. Nothing here looks at the device's memory.
+The order in which ops are tried is data (`xfv1.rules`); whether an op can serve is its own answer.
+Nothing here looks at the device's memory.
 """
 
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import replace
 
 from xfv1 import settings
-from xfv1.ops.base import DECODE, ENCODER, PREFILL, Batch, Device, Layer, Op
+from xfv1.device import Device
+from xfv1.ops.base import DECODE, ENCODER, PREFILL, Batch, Layer, Op
 from xfv1.ops.torch_cpu import TorchCpu
 from xfv1.ops.triton_paged import TritonPaged
 from xfv1.ops.vllm_fa import VllmFlashAttention
 from xfv1.ops.xformers_fa3 import XFormersFA3
 from xfv1.ops.xformers_splitk import XFormersSplitK
 from xfv1.ops.xformers_varlen import VARLEN_OPS
+from xfv1.rules import RULES
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -36,80 +36,6 @@ OPS: dict[str, Op] = {
 
 class NoOp(NotImplementedError):
     """No op serves a layer; the message gives every op's reasons."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Ops in the order to try them, where a phase's facts lie within bounds (inclusive).
-
-    num_reqs, seq_lens: rounded up to powers of two; seq_lens and query_lens: the longest request's.
-    dtypes: the model's; empty for any.
-    """
-
-    phase: str
-    order: tuple[str, ...]
-    head_sizes: tuple[int, int] = (1, 512)
-    num_reqs: tuple[int, int] = (0, 1 << 30)
-    seq_lens: tuple[int, int] = (0, 1 << 30)
-    query_lens: tuple[int, int] = (0, 1 << 30)
-    dtypes: tuple[torch.dtype, ...] = ()
-    capability: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (99, 0))
-
-    def fits(self, layer: Layer, batch: Batch, device: Device) -> bool:
-        return (
-            self.phase == batch.phase
-            and self.head_sizes[0] <= layer.head_size <= self.head_sizes[1]
-            and self.num_reqs[0] <= batch.num_reqs <= self.num_reqs[1]
-            and self.seq_lens[0] <= batch.max_seq_len <= self.seq_lens[1]
-            and self.query_lens[0] <= batch.max_query_len <= self.query_lens[1]
-            and (not self.dtypes or layer.dtype in self.dtypes)
-            and self.capability[0] <= device.capability <= self.capability[1]
-        )
-
-
-# vLLM's FlashAttention 2 is built for sm_80 and as PTX: from Hopper on the driver compiles it at
-# first use, which can take minutes. xfv1's own kernel takes seconds.
-HOPPER = ((9, 0), (99, 0))
-HALF = (torch.float16, torch.bfloat16)
-HOPPER_DECODES = ("vllm_fa3", "triton", "xformers_fa3", "xformers_splitk", "vllm_fa2", "torch")
-OWN_FIRST = ("triton", *(name for name in HOPPER_DECODES if name != "triton"))
-VARLEN = ("xformers_fa2", "xformers_ck", "xformers_cutlass")
-
-# The first rule that fits decides. Hopper's are measured (benchmarks/results/h100-kernels.json);
-# no other card has been measured.
-RULES: tuple[Rule, ...] = (
-    # Few requests of some length: 60 us where the own kernel takes 54.
-    Rule(
-        DECODE, OWN_FIRST, head_sizes=(128, 128), num_reqs=(2, 16), dtypes=HALF, capability=HOPPER
-    ),
-    # 172 us, for 32 requests, where the own kernel takes 143.
-    Rule(DECODE, OWN_FIRST, head_sizes=(80, 80), num_reqs=(2, 64), dtypes=HALF, capability=HOPPER),
-    Rule(DECODE, HOPPER_DECODES, capability=HOPPER),
-    Rule(DECODE, ("xformers_splitk", "vllm_fa2", "triton", "torch")),
-    # 268 us by FlashAttention 3, 460 by the own kernel, 537 by PyTorch's FlashAttention 2.
-    Rule(
-        PREFILL,
-        ("vllm_fa3", "xformers_fa3", "triton", *VARLEN, "vllm_fa2", "torch"),
-        dtypes=HALF,
-        capability=HOPPER,
-    ),
-    # Few queries of long requests: to gather their keys takes more than to attend to them, 1194 us
-    # against the own kernel's 256 for 64 requests of 8 queries over 2048 keys.
-    Rule(
-        PREFILL,
-        ("vllm_fa2", "triton", *VARLEN, "torch"),
-        query_lens=(0, 32),
-        seq_lens=(256, 1 << 30),
-    ),
-    Rule(PREFILL, (*VARLEN, "triton", "torch"), capability=HOPPER),
-    Rule(PREFILL, ("vllm_fa2", *VARLEN, "triton", "torch")),
-    Rule(
-        ENCODER,
-        ("xformers_fa3", "vllm_fa3", *VARLEN, "triton", "vllm_fa2", "torch"),
-        capability=HOPPER,
-    ),
-    Rule(ENCODER, ("vllm_fa2", *VARLEN, "triton", "torch")),
-)
 
 
 def order_of(layer: Layer, batch: Batch, device: Device) -> Sequence[str]:

@@ -9,8 +9,9 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
 from xfv1 import compat, debug, dispatch
+from xfv1.device import device_of
 from xfv1.metadata import Phase, XFormersMetadata
-from xfv1.ops.base import ENCODER, Batch, Call, Layer, Op, device_of
+from xfv1.ops.base import ENCODER, Batch, Call, Layer, Op
 
 ENCODERS = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
 
@@ -312,7 +313,7 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         # Layers alike in all else may differ in whose keys they read, and so in their batch.
         key = ("op", facts, batch)
         if key not in phase.plans:
-            phase.plans[key] = dispatch.choose(facts, batch, device_of(query.device.type))
+            phase.plans[key] = dispatch.choose(facts, batch, device_of(query.device))
         op: Op = phase.plans[key]
         return op
 

@@ -24,9 +24,9 @@ from tests.harness.candidate import Mismatch, Outcome
 from tests.harness.compare import check_lse, check_output
 from tests.harness.oracle import expected
 from tests.integration.calls import whole_call
+from xfv1.device import device_of
 from xfv1.dispatch import OPS
 from xfv1.kernels import paged
-from xfv1.ops.base import device_of
 
 # Multiplications that the reference, and an instrumented kernel, do in about a second.
 SMALL = 1e9

@@ -16,7 +16,7 @@ from tests.harness.compare import check_against_reference
 from tests.harness.report import Recorder
 from tests.integration.interpreted import passed_in_interpreter
 from xfv1.backend import XFormersAttentionBackend
-from xfv1.ops.base import device_of
+from xfv1.device import device_of
 
 CASES = (
     AttnCase(scenario="mixed_small", dtype="fp32"),

@@ -4,29 +4,28 @@ import dataclasses
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.cards.cards import CARDS
 from xfv1 import compat, dispatch
-from xfv1.dispatch import OPS, RULES, NoOp, Rule, choose, layer_reasons, order_of
-from xfv1.ops import vllm_fa
-from xfv1.ops.base import DECODE, ENCODER, PHASES, PREFILL, Batch, Device, Layer
+from xfv1.device import Device
+from xfv1.dispatch import OPS, NoOp, choose, layer_reasons, order_of
+from xfv1.ops import vllm_fa, xformers_base
+from xfv1.ops.base import DECODE, ENCODER, PHASES, PREFILL, Batch, Layer
+from xfv1.rules import RULES, Rule
 
 pytestmark = pytest.mark.cpu
 
-TURING, AMPERE = Device("cuda", (7, 5)), Device("cuda", (8, 0))
-HOPPER, BLACKWELL = Device("cuda", (9, 0)), Device("cuda", (10, 0))
-MI300 = Device("hip", (9, 4))
+TURING, AMPERE, HOPPER, BLACKWELL, MI300 = (
+    CARDS[name].device for name in ("sm_75", "sm_80", "sm_90", "sm_100", "gfx942")
+)
 CPU, INTERPRETED = Device("cpu"), Device("cpu", interpreted=True)
 DEVICES = {
-    "turing": TURING,
-    "ampere": AMPERE,
-    "ada": Device("cuda", (8, 9)),
-    "hopper": HOPPER,
-    "blackwell": BLACKWELL,
-    "mi300": MI300,
+    **{name: card.device for name, card in CARDS.items()},
     "cpu": CPU,
     "interpreter": INTERPRETED,
 }
@@ -95,8 +94,8 @@ def runs_on(name: str, device: Device) -> bool:
         "vllm_fa2": ("cuda", (8, 0), (99, 0)),
         "xformers_fa3": ("cuda", (8, 0), (9, 0)),
         "xformers_fa2": ("cuda", (8, 0), (99, 0)),
-        "xformers_cutlass": ("cuda", (5, 0), (99, 0)),
-        "xformers_ck": ("hip", (0, 0), (99, 0)),
+        "xformers_cutlass": ("cuda", (5, 0), (9, 0)),
+        "xformers_ck": ("hip", (9, 0), (9, 4)),
     }[name]
     return device.kind == kind and first <= device.capability <= last
 
@@ -115,6 +114,8 @@ IGNORES = {
 }
 
 Install = Callable[..., None]
+# What the fixture below replaces.
+UNAVAILABLE = xformers_base._unavailable
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +134,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
 
         monkeypatch.setattr(importlib.util, "find_spec", find_spec)
         monkeypatch.setattr(vllm_fa, "_unavailable", unavailable)
+        # A build with all of xFormers' ops.
+        monkeypatch.setattr(xformers_base, "_unavailable", lambda module: None)
         dispatch._choose.cache_clear()
 
     monkeypatch.delenv("XFV1_OPS", raising=False)
@@ -294,6 +297,72 @@ def test_layer_is_refused_by_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason.startswith("no op serves encoder: xformers_splitk: ")
 
 
+def unavailable(monkeypatch: pytest.MonkeyPatch, found: Any) -> list[str]:
+    """What is said of xFormers' FlashAttention 2 where importing its module gives that."""
+
+    def import_module(name: str) -> Any:
+        assert name == "xformers.ops.fmha.flash"
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(xformers_base, "_unavailable", UNAVAILABLE.__wrapped__)
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    return OPS["xformers_fa2"].not_supported_reasons(PLAIN, FRESH, AMPERE)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("Requires Flash-Attention version >=2.7.1"),
+        OSError("libcudart.so.13: cannot open shared object file"),
+        RuntimeError("Unknown type specifier"),
+    ],
+    ids=repr,
+)
+def test_an_xformers_that_does_not_load_is_a_reason(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    (reason,) = unavailable(monkeypatch, error)
+    assert reason == f"xformers does not load: {type(error).__name__}: {error}"
+
+
+def test_an_op_that_this_build_of_xformers_lacks_is_not_offered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As PyPI's, which is built for CUDA, on AMD; nor one that it has turned off."""
+    operator = SimpleNamespace(is_available=lambda: False)
+    (reason,) = unavailable(monkeypatch, SimpleNamespace(FwOp=operator))
+    assert reason.startswith("this build of xformers lacks the op")
+    operator.is_available = lambda: True
+    off = SimpleNamespace(FwOp=operator, _fwd_kernel_splitK=None)
+    (reason,) = unavailable(monkeypatch, off)
+    assert "XFORMERS_ENABLE_TRITON=1" in reason
+    assert unavailable(monkeypatch, SimpleNamespace(FwOp=operator)) == []
+
+
+def test_the_next_op_serves_where_xformers_lacks_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(PLAIN, FRESH, MI300).name == "xformers_ck"
+    monkeypatch.setattr(xformers_base, "_unavailable", lambda module: f"no {module}")
+    dispatch._choose.cache_clear()
+    assert choose(PLAIN, FRESH, MI300).name == "triton"
+    assert choose(PLAIN, DECODES, MI300).name == "triton"
+    assert choose(PLAIN, FRESH, TURING).name == "triton"
+
+
+def test_xformers_is_asked_once_and_only_where_it_might_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It takes a second to import."""
+    assert hasattr(UNAVAILABLE, "cache_clear")
+    asked: list[str] = []
+    monkeypatch.setattr(xformers_base, "_unavailable", asked.append)
+    for op in OPS.values():
+        for batch in BATCHES.values():
+            op.not_supported_reasons(PLAIN, batch, CPU)
+    assert asked == []
+
+
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 def test_amd_is_given_its_own_ops(batch: Batch) -> None:
     order = order_of(PLAIN, batch, MI300)
@@ -305,10 +374,26 @@ def test_amd_is_given_its_own_ops(batch: Batch) -> None:
 
 
 def test_rules_name_ops_that_exist_once_each() -> None:
+    """Each for one kind of device, and with its reason."""
     for rule in RULES:
         assert set(rule.order) <= OPS.keys()
         assert len(set(rule.order)) == len(rule.order)
         assert rule.phase in PHASES
+        assert rule.why
+        assert set(rule.kinds) < {"cuda", "hip", "cpu"}
+        assert len(rule.kinds) == 1
+
+
+def test_only_hoppers_rules_are_measured() -> None:
+    """What was timed on an H100 says nothing of AMD's cards, whose capabilities are near, nor of
+    later ones."""
+    measured = [rule for rule in RULES if rule.why.startswith("measured: ")]
+    assert len(measured) == 4
+    for rule in measured:
+        batch = Batch(rule.phase, num_reqs=4, max_seq_len=4096, max_query_len=64)
+        layer = dataclasses.replace(PLAIN, head_size=max(rule.head_sizes[0], 64))
+        fitting = [name for name, device in DEVICES.items() if rule.fits(layer, batch, device)]
+        assert fitting == ["sm_90"]
 
 
 RULE = Rule(
@@ -319,6 +404,7 @@ RULE = Rule(
     seq_lens=(256, 4096),
     query_lens=(1, 32),
     dtypes=(torch.float16,),
+    kinds=("cuda",),
     capability=((8, 0), (9, 0)),
 )
 
@@ -336,6 +422,7 @@ RULE = Rule(
         *((False, {"max_query_len": n}) for n in (0, 33)),
         *((True, {"capability": n}) for n in ((8, 0), (8, 6), (9, 0))),
         *((False, {"capability": n}) for n in ((7, 5), (9, 1), (10, 0))),
+        *((False, {"kind": kind}) for kind in ("hip", "cpu")),
         (False, {"dtype": torch.bfloat16}),
         (False, {"phase": PREFILL}),
     ],
@@ -348,6 +435,7 @@ def test_a_rules_bounds_are_within_it(fits: bool, facts: dict[str, Any]) -> None
         "max_seq_len": 1024,
         "head_size": 128,
         "dtype": torch.float16,
+        "kind": "cuda",
         "capability": (8, 0),
     } | facts
     layer: Any

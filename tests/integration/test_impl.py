@@ -15,8 +15,9 @@ from tests.integration import test_dispatch
 from tests.integration.calls import whole_call
 from xfv1 import compat, dispatch
 from xfv1.backend import XFormersAttentionBackend
+from xfv1.device import Device
 from xfv1.impl import XFormersImpl
-from xfv1.ops.base import Batch, Call, Device, Layer
+from xfv1.ops.base import Batch, Call, Layer
 from xfv1.ops.torch_cpu import TorchCpu
 from xfv1.ops.xformers_base import packed_lse, pages_info, query_info
 

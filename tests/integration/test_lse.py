@@ -19,8 +19,9 @@ from tests.harness.environment import has_xformers
 from tests.harness.oracle import expected
 from tests.integration.calls import whole_call
 from tests.integration.interpreted import passed_in_interpreter
+from xfv1.device import device_of
 from xfv1.dispatch import OPS
-from xfv1.ops.base import Call, Op, device_of
+from xfv1.ops.base import Call, Op
 
 # On a GPU they are asked of all ops.
 pytestmark = [pytest.mark.cpu, pytest.mark.gpu]

@@ -17,7 +17,7 @@ from tests.harness.compare import check_lse, check_output
 from tests.harness.oracle import expected, written_cache
 from tests.integration import sanitize
 from tests.integration.interpreted import passed_in_interpreter
-from xfv1.ops.base import device_of
+from xfv1.device import device_of
 
 DECODES: dict[str, Any] = {
     "query_lens": (1, 1, 1), "seq_lens": (70, 5, 33), "num_heads": 4, "num_kv_heads": 2,
@@ -48,12 +48,12 @@ def own_kernel(device: torch.device) -> None:
 def test_any_number_of_splits_gives_the_references_answer(
     name: str, num_splits: int, device: torch.device
 ) -> None:
-    check(CASES[name], num_splits, device)
+    check_answer(CASES[name], num_splits, device)
 
 
 @pytest.mark.usefixtures("own_kernel")
 def test_more_splits_than_are_merged_at_a_time(device: torch.device) -> None:
-    check(AttnCase(**DECODES | {"seq_lens": (640, 65, 350), "num_heads": 2}), 20, device)
+    check_answer(AttnCase(**DECODES | {"seq_lens": (640, 65, 350), "num_heads": 2}), 20, device)
 
 
 @pytest.mark.usefixtures("own_kernel")
@@ -62,7 +62,7 @@ def test_what_a_sanitizer_is_shown_is_right() -> None:
     assert sanitize.main(["--part", "4/201"]) == 0
 
 
-def check(case: AttnCase, num_splits: int, device: torch.device) -> None:
+def check_answer(case: AttnCase, num_splits: int, device: torch.device) -> None:
     from xfv1.kernels.paged import paged_attention
 
     inputs = build_inputs(case, device)

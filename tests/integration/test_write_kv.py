@@ -4,13 +4,16 @@ By vLLM's op on a GPU, but for tokens too small for it, and by PyTorch.
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import reference
+from tests.cards.cards import CARDS
 from tests.harness.candidate import bits
-from xfv1.compat import write_kv
+from xfv1 import compat
+from xfv1.compat import fp8_dtype, vllm_writes, write_kv
 
 # vLLM's name of the cache's dtype, the model's dtype, and what the cache stores.
 DTYPES = (
@@ -90,3 +93,82 @@ def test_a_captured_write_follows_the_slots(
     graph.replay()
     reference.write_kv(key, value, *views(right), slots)
     assert torch.equal(bits(done), bits(right))
+
+
+# Who writes a float8 cache. AMD's build of vLLM's op knows no fp8_e5m2, and NVIDIA's makes no
+# float8 of bfloat16 before Ampere; PyTorch writes these, so that every cache is served.
+AMD = [name for name in CARDS if name.startswith("gfx")]
+
+
+@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("model", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_vllms_op_is_given_what_it_can_write(
+    model: torch.dtype, kv_cache_dtype: str, name: str
+) -> None:
+    amd_cannot = name in AMD and kv_cache_dtype == "fp8_e5m2"
+    turing_cannot = name == "sm_75" and kv_cache_dtype.startswith("fp8") and model == torch.bfloat16
+    written = vllm_writes(CARDS[name].device, model, kv_cache_dtype)
+    assert written == (not amd_cannot and not turing_cannot)
+
+
+@pytest.mark.parametrize(
+    ("card", "name", "model", "stored", "vllm"),
+    [
+        ("gfx942", "fp8_e5m2", torch.float16, torch.float8_e5m2, False),
+        ("gfx942", "fp8_e4m3", torch.float16, torch.float8_e4m3fnuz, True),
+        ("sm_75", "fp8_e4m3", torch.bfloat16, torch.float8_e4m3fn, False),
+        ("sm_75", "fp8_e4m3", torch.float16, torch.float8_e4m3fn, True),
+        ("sm_86", "fp8_e5m2", torch.bfloat16, torch.float8_e5m2, True),
+        ("sm_86", "auto", torch.bfloat16, torch.bfloat16, True),
+    ],
+)
+def test_what_vllms_op_cannot_write_pytorch_does(
+    monkeypatch: pytest.MonkeyPatch,
+    layer: SimpleNamespace,
+    card: str,
+    name: str,
+    model: torch.dtype,
+    stored: torch.dtype,
+    vllm: bool,
+) -> None:
+    """As on that card, on tensors of the CPU."""
+    from vllm import _custom_ops
+
+    calls: list[Any] = []
+
+    def op(key: torch.Tensor, value: torch.Tensor, *others: Any) -> None:
+        calls.append(others)
+
+    monkeypatch.setattr(compat, "device_of", lambda device: CARDS[card].device)
+    monkeypatch.setattr(_custom_ops, "reshape_and_cache_flash", op)
+    cpu = torch.device("cpu")
+    layer = SimpleNamespace(_k_scale=layer._k_scale.cpu(), _v_scale=layer._v_scale.cpu())
+    key, value = torch.randn(2, len(SLOTS), 8, 64).to(model).unbind()
+    done = new_cache(8, 64, stored, cpu)
+    right = done.clone()
+    slots = torch.tensor(SLOTS)
+    write_kv(key, value, *views(done), slots, name, layer)
+    if vllm:
+        (((key_cache, *_, kv_cache_dtype, _, _)),) = calls
+        assert kv_cache_dtype == name
+        # It is given bytes, and the name alone says which float8.
+        assert key_cache.dtype == (torch.uint8 if stored.itemsize == 1 else stored)
+        assert torch.equal(bits(done), bits(right))
+    else:
+        assert calls == []
+        reference.write_kv(key, value, *views(right), slots, k_scale=K_SCALE, v_scale=V_SCALE)
+        assert torch.equal(bits(done), bits(right))
+
+
+@pytest.mark.parametrize("platforms", [torch.float8_e4m3fn, torch.float8_e4m3fnuz], ids=str)
+def test_a_caches_float8_is_its_platforms(
+    monkeypatch: pytest.MonkeyPatch, platforms: torch.dtype
+) -> None:
+    """By either name: on an MI300, whose float8 is e4m3fnuz, vLLM's op writes no other e4m3."""
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "fp8_dtype", classmethod(lambda cls: platforms))
+    assert fp8_dtype("fp8") == fp8_dtype("fp8_e4m3") == platforms
+    assert fp8_dtype("fp8_e5m2") == torch.float8_e5m2
+    assert fp8_dtype("auto") is None

@@ -63,14 +63,18 @@ _SPLITS = tuple(
         "test_more_splits_than_are_merged_at_a_time",
     )
 )
+_FLOAT8 = "tests/integration/test_other_cards.py::test_every_float8_is_decoded_exactly"
 TARGETS = (
     Target("xfv1.metadata", (TORCH, GATHERED), _METADATA, one_in=6),
     Target("xfv1.impl", (TORCH, GATHERED), (_IMPL, _DISPATCH), one_in=8),
     Target("xfv1.dispatch", (TORCH,), (_DISPATCH,), one_in=6),
+    Target("xfv1.rules", (TORCH,), (_DISPATCH,), one_in=6),
+    Target("xfv1.device", (TORCH,), ("tests/cards/test_device.py",), one_in=3),
     Target("xfv1.compat", (TORCH,), _COMPAT, one_in=3),
     Target("xfv1.ops.torch_cpu", (TORCH,), _LSE, one_in=8),
     Target("xfv1.ops.triton_paged", (OWN,), _LSE, one_in=2),
-    Target("xfv1.kernels.paged", (OWN,), (*_LSE, *_SPLITS), one_in=12),
+    Target("xfv1.kernels.paged", (OWN,), (*_LSE, *_SPLITS, _FLOAT8), one_in=12),
+    Target("xfv1.kernels.tiling", (TORCH,), ("tests/cards/test_tilings.py",), one_in=16),
     Target("xfv1.ops.xformers_splitk", (SPLITK,)),
     Target("xfv1.ops.xformers_base", (GATHERED, SPLITK), (_IMPL, _LSE[1]), one_in=8),
     Target("xfv1.ops.gather", (GATHERED,), ("tests/integration/test_gather.py",), one_in=4),
@@ -108,14 +112,10 @@ WITHOUT = (
     Without("xfv1.compat", "write_kv", _GPU, "return"),
     Without("xfv1.compat", "write_kv", _GPU, "*WARP*"),
     Without("xfv1.compat", "write_kv", _GPU, "*key.shape[[]1]*"),
-    Without("xfv1.compat", "write_kv", _GPU, "*key.device.type*"),
     *(
         Without("xfv1.dispatch", "typical_batches", "any batch of its kind would do", part)
         for part in ("num_reqs=*", "max_query_len=*", "max_seq_len=*")
     ),
-    Without("xfv1.kernels.paged", "*_config", _TILING),
-    Without("xfv1.kernels.paged", "_row_tile", _TILING),
-    Without("xfv1.kernels.paged", "_num_sms", _TILING),
     *(
         Without("xfv1.kernels.paged", "paged_attention", _TILING, f"{name} = *")
         for name in ("decode", "config", "choose", "num_keys", "per_sm", "programs", "target")

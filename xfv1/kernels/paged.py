@@ -31,26 +31,31 @@ launch neither syncs nor breaks CUDA graph capture.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["Config", "decode_config", "paged_attention", "prefill_config"]
+from xfv1.device import device_of
+from xfv1.kernels.tiling import (
+    MAX_DECODE_ROWS,
+    Config,
+    decode_config,
+    head_parts,
+    power_of_2,
+    prefill_config,
+)
+
+__all__ = ["Config", "paged_attention"]
 
 MAX_HEAD_SIZE = 512
 MAX_SPLITS = 128
 # A split shorter than this many keys costs more in the merge than it wins.
 MIN_SPLIT_KEYS = 256
-# Up to this many rows of a request and KV head count as decode: bound by memory, one M tile.
-MAX_DECODE_ROWS = 64
 # Programs wanted per SM. Decode: more than the three that fit at a time, so that they even out.
 DECODE_PROGRAMS_PER_SM = 4
 PREFILL_PROGRAMS_PER_SM = 1
 
-_CACHE_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+_CACHE_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 _QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -94,6 +99,24 @@ def _load_rows(
     else:
         x = tl.load(ptrs)
     return x
+
+
+@triton.jit
+def _widened(x, dtype: tl.constexpr):
+    """Keys or values in the dtype that they are multiplied in. Bytes are float8_e4m3fn.
+
+    Such a byte is one sign, four bits of exponent and three of fraction. Put where float16 has its
+    sign, the low four of its five bits of exponent and the high three of its ten of fraction, it is
+    a float16 that is 2**8 times too small: float16's exponents count from -15, float8's from -7.
+    The product is exact, for subnormal numbers and zeros too. All ones but the sign is NaN.
+    """
+    if x.dtype == tl.uint8:
+        bits = x.to(tl.uint16)
+        magnitude = bits & 0x7F
+        shifted = tl.where(magnitude == 0x7F, 0x7E00, magnitude << 7)
+        half = ((bits & 0x80) << 8 | shifted).to(tl.uint16).to(tl.float16, bitcast=True)
+        x = half * 256.0
+    return x.to(dtype)
 
 
 @triton.jit
@@ -202,11 +225,11 @@ def _attend(
     PADDED1: tl.constexpr = D1 > HEAD_SIZE
     PADDED2: tl.constexpr = D1 + D2 > HEAD_SIZE
 
-    k1 = _load_rows(key_ptr, k_offs, d1, live, HEAD_SIZE, MASKED, PADDED1).to(dtype)
+    k1 = _widened(_load_rows(key_ptr, k_offs, d1, live, HEAD_SIZE, MASKED, PADDED1), dtype)
     s = tl.dot(q1, tl.trans(k1), input_precision="ieee")
     if D2 > 0:
         d2 = D1 + tl.arange(0, D2)
-        k2 = _load_rows(key_ptr, k_offs, d2, live, HEAD_SIZE, MASKED, PADDED2).to(dtype)
+        k2 = _widened(_load_rows(key_ptr, k_offs, d2, live, HEAD_SIZE, MASKED, PADDED2), dtype)
         s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee")
 
     # s is in units of log2 from here on, softmax being exp2.
@@ -238,10 +261,10 @@ def _attend(
     p = tl.exp2(s - base[:, None])
     l = l * alpha + tl.sum(p, 1)
     p = p.to(dtype)
-    v1 = _load_rows(value_ptr, v_offs, d1, live, HEAD_SIZE, MASKED, PADDED1).to(dtype)
+    v1 = _widened(_load_rows(value_ptr, v_offs, d1, live, HEAD_SIZE, MASKED, PADDED1), dtype)
     acc1 = tl.dot(p, v1, acc1 * alpha[:, None], input_precision="ieee")
     if D2 > 0:
-        v2 = _load_rows(value_ptr, v_offs, d2, live, HEAD_SIZE, MASKED, PADDED2).to(dtype)
+        v2 = _widened(_load_rows(value_ptr, v_offs, d2, live, HEAD_SIZE, MASKED, PADDED2), dtype)
         acc2 = tl.dot(p, v2, acc2 * alpha[:, None], input_precision="ieee")
     return acc1, acc2, new_m, l
 
@@ -519,89 +542,6 @@ def _merge_kernel(
 
 
 # --------------------------------------------------------------------------------------
-# Tunables
-# --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a launch is tiled: rows and keys per tile (powers of two >= 16), and Triton's knobs."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def _power_of_2(n: int) -> int:
-    """The smallest power of two >= n."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def _row_tile(rows: int, largest: int) -> int:
-    return min(max(_power_of_2(rows), 16), largest)
-
-
-def _float32_config(head_size: int, rows: int) -> Config:
-    """IEEE float32 has no tensor core: its tiles live in registers and must be small."""
-    return Config(
-        _row_tile(rows, 64 if head_size <= 64 else 16), 32 if head_size <= 128 else 16, 8, 2
-    )
-
-
-def decode_config(
-    head_size: int, group: int, dtype_bytes: int, block_size: int, max_query_len: int = 1
-) -> Config:
-    """Tiling where few rows share the keys and memory is the limit.
-
-    ``dtype_bytes`` is the query's, in which the keys are computed with. Few rows want small tiles,
-    8 KiB of keys, and many small programs to an SM (benchmarks/results, sweep); where the rows
-    fill a tile, 16 KiB, of which ``num_stages - 1`` are in flight.
-    """
-    rows = group * max_query_len
-    if dtype_bytes == 4:
-        return _float32_config(head_size, rows)
-    block_m = _row_tile(rows, MAX_DECODE_ROWS)
-    if head_size > 256:
-        return Config(block_m, 32, 8, 2)
-    keys = 8192 // max(_power_of_2(head_size), 64)
-    if block_m == 16:
-        return Config(block_m, keys // 2, 2, 3)
-    return Config(block_m, keys, 8 if block_m == 64 else 4, 3)
-
-
-def prefill_config(
-    head_size: int, group: int, dtype_bytes: int, block_size: int, max_query_len: int
-) -> Config:
-    """Tiling where many rows share the keys and the tensor cores are the limit."""
-    rows = group * max_query_len
-    if dtype_bytes == 4:
-        return _float32_config(head_size, rows)
-    if head_size > 256:
-        return Config(_row_tile(rows, 64), 32, 8, 2)
-    return Config(_row_tile(rows, 128), 64 if head_size <= 128 else 32, 8, 3)
-
-
-@cache
-def _num_sms(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _head_parts(head_size: int) -> tuple[int, int]:
-    """(D1, D2), powers of two that cover the head size: 192 = 128 + 64, 80 = 128 + 0.
-
-    A second part below 64 would save work, but compiled for sm_90 by Triton 3.6 it gives wrong
-    numbers for some tilings (head sizes 40, 72, 80, 96 and 160 on an H100).
-    """
-    padded = max(_power_of_2(head_size), 16)
-    part1 = padded // 2
-    part2 = _power_of_2(max(head_size - part1, 1))
-    return (part1, part2) if 64 <= part2 < part1 else (padded, 0)
-
-
-# --------------------------------------------------------------------------------------
 # Entry
 # --------------------------------------------------------------------------------------
 
@@ -641,7 +581,7 @@ def paged_attention(
             last dimension, like all tensors with a head dimension here. num_tokens may exceed
             ``query_start_loc[-1]``; rows past that are neither read nor written.
         key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_size] in the query's
-            dtype, float8_e4m3fn or float8_e5m2.
+            dtype, float8_e4m3fn, float8_e5m2 or, on AMD, float8_e4m3fnuz.
         out: [>= num_tokens, num_heads, head_size], any float dtype.
         block_table: [num_reqs, max_blocks] int32, unit stride in the last dimension. Entries for
             blocks that no query sees are not used.
@@ -685,13 +625,17 @@ def paged_attention(
 
     group = num_heads // num_kv_heads
     window = sliding_window if sliding_window is not None and sliding_window > 0 else 0
+    device = device_of(query.device)
+    if key_cache.dtype == torch.float8_e4m3fn and not device.converts_e4m3:
+        key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
     decode = max_query_len == 1 or max_query_len * group <= MAX_DECODE_ROWS
+    item_sizes = query.element_size(), key_cache.element_size()
     if batch_invariant:
         decode, num_splits = False, 1
-        config = decode_config(head_size, group, query.element_size(), block_size, MAX_DECODE_ROWS)
+        config = decode_config(device, head_size, MAX_DECODE_ROWS, *item_sizes)
     if config is None:
         choose = decode_config if decode else prefill_config
-        config = choose(head_size, group, query.element_size(), block_size, max_query_len)
+        config = choose(device, head_size, max_query_len * group, *item_sizes)
     if decode:
         tiles_per_req = -(-max_query_len * group // config.block_m)
         num_tiles = num_reqs * tiles_per_req
@@ -703,7 +647,7 @@ def paged_attention(
         num_keys = min(max_seq_len, window + max_query_len) if window else max_seq_len
         per_sm = DECODE_PROGRAMS_PER_SM if decode else PREFILL_PROGRAMS_PER_SM
         programs = num_tiles * num_kv_heads
-        target = _num_sms(query.device) * per_sm
+        target = device.multiprocessors * per_sm
         num_splits = -(-target // programs) if decode else target // programs
         num_splits = min(num_splits, num_keys // MIN_SPLIT_KEYS, MAX_SPLITS)
     num_splits = max(num_splits, 1)
@@ -714,7 +658,7 @@ def paged_attention(
         acc = query.new_empty((*shape, head_size), dtype=torch.float32)
         part_max, part_sum = (query.new_empty(shape, dtype=torch.float32) for _ in range(2))
     lse_strides = (0, 0) if lse is None else lse.stride()
-    part1, part2 = _head_parts(head_size)
+    part1, part2 = head_parts(head_size)
     _attention_kernel[(num_tiles * num_kv_heads, num_splits)](
         query,
         key_cache,
@@ -778,7 +722,7 @@ def paged_attention(
             out.stride(1),
             *lse_strides,
             HEAD_SIZE=head_size,
-            D=_power_of_2(head_size),
+            D=power_of_2(head_size),
             BLOCK_S=16,
             num_warps=4,
         )

@@ -1,34 +1,14 @@
 """What an op is told, and what it has to answer."""
 
-import functools
-import os
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from xfv1.device import Device
+
 DECODE, PREFILL, ENCODER = "decode", "prefill", "encoder"
 PHASES = (DECODE, PREFILL, ENCODER)
-
-
-@dataclass(frozen=True)
-class Device:
-    """Where the tensors are. kind: "cuda", "hip" or "cpu"; capability: (major, minor), (0, 0) on
-    a CPU. interpreted: Triton kernels run in Triton's interpreter, on CPU tensors."""
-
-    kind: str
-    capability: tuple[int, int] = (0, 0)
-    interpreted: bool = False
-
-
-@functools.cache
-def device_of(kind: str, index: int | None = None) -> Device:
-    """The facts of a torch device type; asked once per process."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if kind != "cuda":
-        return Device("cpu", interpreted=interpreted)
-    capability = torch.cuda.get_device_capability(index)
-    return Device("hip" if torch.version.hip else "cuda", capability)
 
 
 @dataclass(frozen=True)
@@ -144,6 +124,17 @@ class Op(Protocol):
     def run(self, call: Call) -> None:
         """Fill call.out (and call.lse). Rows past the last request's stay as they are."""
         ...
+
+
+def capability_reasons(
+    device: Device, first: tuple[int, int], last: tuple[int, int] = (99, 0)
+) -> list[str]:
+    """Why not, where the device's compute capability is not from first to last."""
+    if first <= device.capability <= last:
+        return []
+    found, least, most = ("{}.{}".format(*version) for version in (device.capability, first, last))
+    expected = f"{least} or later" if last == (99, 0) else least if first == last else ""
+    return [f"compute capability {found}: expected {expected or f'{least} to {most}'}"]
 
 
 def feature_reasons(layer: Layer, *supported: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 import torch
 
-from xfv1.ops.base import ENCODER, Batch, Call, Device, Layer
+from xfv1.device import Device
+from xfv1.ops.base import ENCODER, Batch, Call, Layer
 
 # Rows of the logits held at a time: bounds memory at long contexts.
 _QUERY_CHUNK = 256

@@ -4,7 +4,8 @@ import importlib.util
 
 import torch
 
-from xfv1.ops.base import ENCODER, Batch, Call, Device, Layer
+from xfv1.device import Device
+from xfv1.ops.base import ENCODER, Batch, Call, Layer
 
 
 class TritonPaged:
@@ -21,9 +22,8 @@ class TritonPaged:
             reasons.append("runs on a CPU only under TRITON_INTERPRET=1")
         if device.kind == "cpu" and torch.bfloat16 in (layer.dtype, layer.kv_dtype):
             reasons.append("Triton's interpreter multiplies bfloat16 wrongly")
-        e4m3 = layer.kv_dtype == torch.float8_e4m3fn
-        if device.kind == "cuda" and e4m3 and device.capability < (8, 9):
-            reasons.append("Triton converts float8_e4m3 from compute capability 8.9 on")
+        if layer.kv_dtype == torch.float8_e4m3fnuz and device.kind != "hip":
+            reasons.append("float8_e4m3fnuz: on AMD's cards only")
         if not 1 <= layer.head_size <= 512:
             reasons.append(f"head size {layer.head_size}: 1 to 512")
         return reasons

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from xfv1.ops.base import ENCODER, Batch, Call, Device, Layer, feature_reasons
+from xfv1.device import Device
+from xfv1.ops.base import ENCODER, Batch, Call, Layer, capability_reasons, feature_reasons
 from xfv1.ops.xformers_base import dtype_reasons
 
 
@@ -34,11 +35,8 @@ class VllmFlashAttention:
     def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
         if device.kind != "cuda":
             return [f"runs on cuda, not on {device.kind}"]
-        reasons = []
-        if self.version == 3 and device.capability != (9, 0):
-            reasons.append("needs compute capability 9.0")
-        if self.version == 2 and device.capability < (8, 0):
-            reasons.append("needs compute capability 8.0")
+        bounds = ((9, 0), (9, 0)) if self.version == 3 else ((8, 0), (99, 0))
+        reasons = capability_reasons(device, *bounds)
         if not reasons and (missing := _unavailable(self.version)):
             reasons.append(missing)
         reasons += dtype_reasons(layer, torch.float16, torch.bfloat16)

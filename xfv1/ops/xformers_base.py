@@ -1,5 +1,6 @@
 """What the xFormers ops share: shapes, sequence infos without a sync, and the call."""
 
+import functools
 import importlib.util
 from typing import Any
 
@@ -8,10 +9,28 @@ import torch
 from xfv1.ops.base import Call, Layer
 
 
-def installed_reasons() -> list[str]:
+def installed_reasons(module: str) -> list[str]:
+    """Why the xFormers that is installed has no op of a module of xformers.ops.fmha."""
     if importlib.util.find_spec("xformers") is None:
         return ["xformers is not installed"]
-    return []
+    missing = _unavailable(module)
+    return [missing] if missing else []
+
+
+@functools.cache
+def _unavailable(module: str) -> str | None:
+    """Why this build of xFormers cannot run the op of a module, or None. Imports xFormers."""
+    try:
+        found = importlib.import_module(f"xformers.ops.fmha.{module}")
+        available: bool = found.FwOp.is_available()
+    except Exception as error:
+        # A build for another torch or Triton fails in many ways.
+        return f"xformers does not load: {type(error).__name__}: {error}"
+    if not available:
+        return "this build of xformers lacks the op (see python -m xformers.info)"
+    if getattr(found, "_fwd_kernel_splitK", found) is None:
+        return "xformers has turned its Triton ops off (XFORMERS_ENABLE_TRITON=1 turns them on)"
+    return None
 
 
 def dtype_reasons(layer: Layer, *dtypes: torch.dtype) -> list[str]:

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from xfv1.ops.base import Batch, Call, Device, Layer, feature_reasons
+from xfv1.device import Device
+from xfv1.ops.base import Batch, Call, Layer, capability_reasons, feature_reasons
 from xfv1.ops.gather import attend_contiguous
 from xfv1.ops.xformers_base import attend, dtype_reasons, installed_reasons, paged_inputs
 
@@ -16,11 +17,12 @@ class XFormersFA3:
     batch_invariant = False
 
     def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
-        reasons = installed_reasons()
+        if device.kind != "cuda":
+            return [f"runs on cuda, not on {device.kind}"]
+        reasons = capability_reasons(device, (8, 0), (9, 0))
         if importlib.util.find_spec("flash_attn_3") is None:
             reasons.append("flash_attn_3 is not installed")
-        if device.kind != "cuda" or not (8, 0) <= device.capability <= (9, 0):
-            reasons.append("needs an NVIDIA card of compute capability 8.0 to 9.0")
+        reasons = reasons or installed_reasons("flash3")
         reasons += dtype_reasons(layer, torch.float16, torch.bfloat16)
         reasons += feature_reasons(layer, "sliding_window", "noncausal")
         if not 32 <= layer.head_size <= 256 or layer.head_size % 8:

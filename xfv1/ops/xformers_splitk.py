@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from xfv1.ops.base import DECODE, Batch, Call, Device, Layer, feature_reasons
+from xfv1.device import Device
+from xfv1.ops.base import DECODE, Batch, Call, Layer, capability_reasons, feature_reasons
 from xfv1.ops.xformers_base import attend, dtype_reasons, installed_reasons, paged_inputs
 
 HEAD_SIZES = (16, 32, 64, 128, 256, 512)
@@ -20,11 +21,12 @@ class XFormersSplitK:
     batch_invariant = False
 
     def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
-        reasons = installed_reasons()
+        reasons = []
         if device.kind == "cpu" and not device.interpreted:
             reasons.append("runs on a CPU only under TRITON_INTERPRET=1")
-        if device.kind == "cuda" and device.capability < (8, 0):
-            reasons.append("needs compute capability 8.0")
+        if device.kind == "cuda":
+            reasons += capability_reasons(device, (8, 0))
+        reasons = reasons or installed_reasons("triton_splitk")
         dtypes = (torch.float16,) if device.interpreted else (torch.float16, torch.bfloat16)
         reasons += dtype_reasons(layer, *dtypes)
         reasons += feature_reasons(layer, "noncausal")

@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 
-from xfv1.ops.base import DECODE, Batch, Call, Device, Layer, feature_reasons
+from xfv1.device import Device
+from xfv1.ops.base import DECODE, Batch, Call, Layer, capability_reasons, feature_reasons
 from xfv1.ops.gather import attend_contiguous, pieces
 from xfv1.ops.xformers_base import dtype_reasons, installed_reasons
+
+Capabilities = tuple[tuple[int, int], tuple[int, int]]
 
 
 class XFormersVarlen:
@@ -20,12 +23,12 @@ class XFormersVarlen:
         self,
         name: str,
         module: str,
-        kinds: dict[str, tuple[int, int]],
+        kinds: dict[str, Capabilities],
         dtypes: tuple[torch.dtype, ...],
         max_head_size: int,
         features: tuple[str, ...],
     ) -> None:
-        """kinds: device kinds, with the least compute capability of each."""
+        """module: of xformers.ops.fmha. kinds: device kinds, each with the capabilities served."""
         self.name = name
         self.module = module
         self.kinds = kinds
@@ -34,12 +37,11 @@ class XFormersVarlen:
         self.features = features
 
     def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
-        reasons = installed_reasons()
         if device.kind not in self.kinds:
-            reasons.append(f"runs on {', '.join(self.kinds)}, not on {device.kind}")
-        elif device.capability < self.kinds[device.kind]:
-            major, minor = self.kinds[device.kind]
-            reasons.append(f"needs compute capability {major}.{minor}")
+            reasons = [f"runs on {', '.join(self.kinds)}, not on {device.kind}"]
+        else:
+            reasons = capability_reasons(device, *self.kinds[device.kind])
+        reasons = reasons or installed_reasons(self.module)
         dtypes = self.dtypes
         if device.kind == "cuda" and device.capability < (8, 0):
             dtypes = tuple(dtype for dtype in dtypes if dtype != torch.bfloat16)
@@ -64,10 +66,17 @@ class XFormersVarlen:
 
 HALF = (torch.float16, torch.bfloat16)
 FEATURES = ("sliding_window", "noncausal", "fp8")
+# NVIDIA's capabilities are those of xFormers' classes (CUDA_MINIMUM_COMPUTE_CAPABILITY and
+# CUDA_MAXIMUM_COMPUTE_CAPABILITY); AMD's are the cards that xFormers' wheels are built for.
 VARLEN_OPS = (
-    XFormersVarlen("xformers_fa2", "flash", {"cuda": (8, 0)}, HALF, 256, FEATURES),
+    XFormersVarlen("xformers_fa2", "flash", {"cuda": ((8, 0), (99, 0))}, HALF, 256, FEATURES),
     XFormersVarlen(
-        "xformers_cutlass", "cutlass", {"cuda": (5, 0)}, (*HALF, torch.float32), 512, FEATURES
+        "xformers_cutlass",
+        "cutlass",
+        {"cuda": ((5, 0), (9, 0))},
+        (*HALF, torch.float32),
+        512,
+        FEATURES,
     ),
-    XFormersVarlen("xformers_ck", "ck", {"hip": (0, 0)}, HALF, 256, FEATURES),
+    XFormersVarlen("xformers_ck", "ck", {"hip": ((9, 0), (9, 4))}, HALF, 256, FEATURES),
 )

@@ -412,11 +412,20 @@ def _selected(platform: Any, name: str, facts: dict[str, Any]) -> str | None:
     return answer
 
 
+def _properties(capability: tuple[int, int], **others: Any) -> SimpleNamespace:
+    """What torch says of a card, as far as it is asked."""
+    major, minor = capability
+    facts: dict[str, Any] = {"warp_size": 32, "multi_processor_count": 64, **others}
+    return SimpleNamespace(major=major, minor=minor, **facts)
+
+
 @contextlib.contextmanager
 def cuda(capability: tuple[int, int]) -> Iterator[Any]:
     """vLLM's own platform for NVIDIA's cards, in force over one that is not there."""
+    properties = _properties(capability, shared_memory_per_block_optin=99 * 1024)
     with (
         _stubbed("vllm._C_stable_libtorch", "vllm._C"),
+        mock.patch("torch.cuda.get_device_properties", return_value=properties),
         mock.patch("torch.cuda.get_device_capability", return_value=capability),
     ):
         module = importlib.import_module("vllm.platforms.cuda")
@@ -428,7 +437,9 @@ def cuda(capability: tuple[int, int]) -> Iterator[Any]:
 def rocm(arch: str) -> Iterator[Any]:
     """vLLM's own platform for AMD's cards, in force over one that is not there."""
     capability = (int(arch[3:-2]), int(arch[-2], 16))
-    properties = SimpleNamespace(gcnArchName=arch)
+    properties = _properties(
+        capability, gcnArchName=arch, warp_size=64, shared_memory_per_block=64 * 1024
+    )
     with (
         _stubbed("vllm._C_stable_libtorch", "vllm._C", "vllm._rocm_C"),
         mock.patch("torch.version.hip", "7.0"),
@@ -444,10 +455,10 @@ def rocm(arch: str) -> Iterator[Any]:
 def _in_force(platform: type[Any]) -> Iterator[None]:
     """vLLM and xfv1 see this platform; what they remember of another is forgotten."""
     from xfv1 import compat
-    from xfv1.ops import base
+    from xfv1.device import device_of
 
     def forget() -> None:
-        for answer in (platform.get_device_capability, compat.device_kind, base.device_of):
+        for answer in (platform.get_device_capability, compat.device_kind, device_of):
             answer.cache_clear()
 
     forget()

@@ -1,0 +1,1 @@
+"""Every card, without a card: what is launched there, what it takes, and which op is picked."""

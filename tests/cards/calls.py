@@ -1,0 +1,132 @@
+"""A case's phases as xfv1's ops are called with them, each tensor empty, on any device."""
+
+from collections.abc import Iterator
+
+import torch
+
+from fixtures.cases import AttnCase
+from fixtures.inputs import TORCH_DTYPES
+from xfv1.ops.base import DECODE, ENCODER, PREFILL, Batch, Call, Layer
+
+META = torch.device("meta")
+# On AMD Triton tells tensors within 2 GiB from larger ones, and a served cache is larger.
+CACHE_BYTES = 5 << 30
+
+
+def calls(
+    case: AttnCase, device: torch.device, cache_bytes: int = CACHE_BYTES, fnuz: bool = False
+) -> Iterator[Call]:
+    """The decodes of a case, then its prefills, as xfv1 tells them apart; or the whole encoder.
+
+    fnuz: a float8 cache is what an MI300 stores.
+    """
+    pairs = list(zip(case.query_lens, case.seq_lens, strict=True))
+    if case.attention == "encoder":
+        yield _call(case, ENCODER, pairs, device, cache_bytes, fnuz)
+        return
+    decodes, first = 0, pairs[0][0]
+    if 0 < first <= 1 + case.drafts:
+        while decodes < len(pairs) and pairs[decodes][0] == first:
+            decodes += 1
+    for phase, part in ((DECODE, pairs[:decodes]), (PREFILL, pairs[decodes:])):
+        if any(query_len for query_len, _ in part):
+            yield _call(case, phase, part, device, cache_bytes, fnuz)
+
+
+def layer_of(case: AttnCase, fnuz: bool = False) -> Layer:
+    """The facts of a case's layer."""
+    dtype = TORCH_DTYPES[case.dtype]
+    kv_dtype = dtype if case.kv_dtype == "auto" else TORCH_DTYPES[case.kv_dtype]
+    if fnuz and kv_dtype == torch.float8_e4m3fn:
+        kv_dtype = torch.float8_e4m3fnuz
+    return Layer(
+        num_heads=case.num_heads,
+        num_kv_heads=case.num_kv_heads,
+        head_size=case.head_size,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        block_size=0 if case.attention == "encoder" else case.block_size,
+        sliding_window=case.sliding_window,
+        softcap=case.softcap,
+        alibi=case.alibi,
+        alibi_sqrt=case.alibi_sqrt,
+        sinks=case.sinks,
+        causal=case.causal,
+    )
+
+
+def _call(
+    case: AttnCase,
+    phase: str,
+    pairs: list[tuple[int, int]],
+    device: torch.device,
+    cache_bytes: int,
+    fnuz: bool,
+) -> Call:
+    layer = layer_of(case, fnuz)
+    query_lens, seq_lens = (
+        torch.tensor(lens, dtype=torch.int32) for lens in zip(*pairs, strict=True)
+    )
+    starts = torch.cat([torch.zeros(1, dtype=torch.int32), query_lens.cumsum(0, dtype=torch.int32)])
+    tokens, reqs, longest = int(starts[-1]), len(pairs), int(seq_lens.max())
+
+    def empty(*shape: int, dtype: torch.dtype = layer.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    query, key, value = (
+        empty(tokens, count, case.head_size)
+        for count in (case.num_heads, case.num_kv_heads, case.num_kv_heads)
+    )
+    if case.fused_qkv:
+        widths = [part.shape[1] * case.head_size for part in (query, key, value)]
+        query, key, value = (
+            part.unflatten(1, (-1, case.head_size))
+            for part in empty(tokens, sum(widths)).split(widths, dim=1)
+        )
+    key_cache = value_cache = None
+    if phase != ENCODER:
+        cache = _cache(case, layer.kv_dtype, device, cache_bytes)
+        key_cache, value_cache = cache.transpose(1, 2).split(case.head_size, dim=-1)
+    scale = empty(1, dtype=torch.float32)
+    return Call(
+        layer=layer,
+        batch=Batch(
+            phase,
+            num_reqs=reqs,
+            max_query_len=int(query_lens.max()),
+            max_seq_len=longest,
+            uniform=bool((query_lens == query_lens[0]).all()),
+            fresh=phase == ENCODER,
+        ),
+        query=query,
+        key=key,
+        value=value,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        out=empty(tokens, case.num_heads, case.head_size),
+        query_start_loc=starts.to(device),
+        seq_lens=seq_lens.to(device),
+        block_table=torch.zeros(
+            reqs, -(-longest // case.block_size), dtype=torch.int32, device=device
+        ),
+        query_start_loc_cpu=starts,
+        seq_lens_cpu=seq_lens,
+        scale=case.head_size**-0.5,
+        alibi_slopes=empty(case.num_heads, dtype=torch.float32) if case.alibi else None,
+        sinks=empty(case.num_heads) if case.sinks else None,
+        k_scale=scale,
+        v_scale=scale,
+    )
+
+
+def _cache(
+    case: AttnCase, dtype: torch.dtype, device: torch.device, least_bytes: int
+) -> torch.Tensor:
+    """A layer's cache [num_blocks, num_kv_heads, block_size, 2 * head_size] of so many bytes, the
+    second layer of two in the case's layout."""
+    sizes = {"L": 2, "H": case.num_kv_heads, "N": case.block_size, "C": 2 * case.head_size}
+    block = case.num_kv_heads * case.block_size * 2 * case.head_size * dtype.itemsize
+    sizes["B"] = max(-(-least_bytes // block), 1)
+    shape = [sizes[axis] for axis in case.kv_layout]
+    physical = torch.empty(shape, dtype=dtype, device=device)
+    return physical.permute([case.kv_layout.index(axis) for axis in "LBHNC"])[1]
