@@ -26,9 +26,9 @@ TEXT = """\
 alone. For the other cards, the page says how far each op is proven:
 
 - **{ran}**: the whole matrix has run there, op by op ({run}).
-- **{fits}**: Triton {triton} has compiled xfv1's own kernel for the card, without a GPU, for every
-  tile that a case of the matrix launches. Each tile takes no more shared memory than a block may
-  have, and spills no more than this page says. The kernel has not run there.
+- **{fits}**: Triton {triton} has compiled xfv1's own kernel for the card, without a GPU. It was
+  compiled with each tile that a case of the matrix, or a layer of this page, launches. No tile
+  takes more shared memory than a block may have. The kernel has not run there.
 - **{word}**: the library's own function says that it serves the call: xFormers'
   `not_supported_reasons`, asked with the call that xfv1 makes, or vLLM's
   `fa_version_unsupported_reason`. Nothing was compiled, and nothing has run there.
@@ -38,7 +38,8 @@ alone. For the other cards, the page says how far each op is proven:
 {kernels}
 
 "Shared memory" is what one block may have, "most taken" what the largest tile takes. "Spilled" is
-how many bytes of a thread have no room in registers, in the tile that spills most. All numbers are
+how many bytes of a thread have no room in registers, in the tile that spills most, and how many
+tiles spill. All numbers are
 in `docs/results/cards.json`. `tox -e cards` compiles all tiles again; CI compiles all of them as
 far as the layout of shared memory, and some to the end.
 
@@ -90,14 +91,18 @@ def _kernels(results: dict[str, Any]) -> list[str]:
         most = max(tile["shared"] for tile in tiles)
         spilled = max(tiles, key=lambda tile: tile["spilled"])
         spilling = sum(tile["spilled"] > 0 for tile in tiles)
-        words = f"{spilled['spilled']} ({spilled['tile']}), {spilling} tiles" if spilling else "0"
+        words = (
+            f"{spilled['spilled']} ({spilled['tile']}), {spilling} of {len(tiles)}"
+            if spilling
+            else "0"
+        )
         rows.append(
             [
                 f"{name} ({card.product})",
                 f"{card.device.shared_memory // KIB} KiB",
-                f"{most / KIB:g} KiB",
+                f"{most / KIB:.0f} KiB",
                 str(len(tiles)),
-                words,
+                words if spilling else "0",
                 "by instructions" if card.device.converts_e4m3 or card.fnuz else "by integers",
                 RAN if name in RUN else FITS,
             ]

@@ -64,6 +64,15 @@ MEANING = {
     "fresh": "4 whole prompts of up to 512 tokens",
     "encoder": "the same without causality or cache",
 }
+# A small batch of each phase.
+SCENARIOS = {
+    "decode": "small_decode",
+    "verify": "spec_uniform5",
+    "prefill": "chunked_prefill",
+    "short": "medium_prefill",
+    "fresh": "fresh_prefill",
+    "encoder": "encoder_small",
+}
 REFUSED = "-"
 
 
@@ -94,6 +103,11 @@ def case_of(kind: str, phase: str) -> AttnCase:
     if phase == "encoder":
         choices |= {"attention": "encoder", "kv_dtype": "auto"}
     return PLAIN.replace(**choices)
+
+
+def small(case: AttnCase, phase: str) -> AttnCase:
+    """The case with a small batch of the phase."""
+    return case.replace(scenario=SCENARIOS[phase], query_lens=(), seq_lens=())
 
 
 def layer_in(kind: str, phase: str, card: Card) -> Layer:

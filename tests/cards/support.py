@@ -18,6 +18,7 @@ import torch
 from fixtures.cases import AttnCase
 from tests.cards.calls import calls
 from tests.cards.cards import Card
+from tests.cards.picks import small
 from tests.integration.contract.probe import cuda
 from xfv1.dispatch import OPS
 from xfv1.ops.base import Call
@@ -28,15 +29,6 @@ MODULES = {
     "xformers_fa2": "flash",
     "xformers_cutlass": "cutlass",
     "xformers_ck": "ck",
-}
-# A small batch of each phase of tests.cards.picks.
-SCENARIOS = {
-    "decode": "small_decode",
-    "verify": "spec_uniform5",
-    "prefill": "chunked_prefill",
-    "short": "medium_prefill",
-    "fresh": "fresh_prefill",
-    "encoder": "encoder_small",
 }
 SMALL = 1 << 16
 
@@ -62,8 +54,7 @@ def on_card(call: Call) -> Call:
 
 def call_of(case: AttnCase, phase: str, card: Card) -> Call:
     """A small call of a phase."""
-    small = case.replace(scenario=SCENARIOS[phase], query_lens=(), seq_lens=())
-    call = list(calls(small, torch.device("cpu"), SMALL, card.fnuz))[-1]
+    call = list(calls(small(case, phase), torch.device("cpu"), SMALL, card.fnuz))[-1]
     batch = dataclasses.replace(call.batch, fresh=phase in ("fresh", "encoder"))
     return dataclasses.replace(call, batch=batch)
 

@@ -21,8 +21,7 @@ from tests.cards.cards import CARDS
 from tests.cards.document import PAGE, load, page
 from tests.cards.gate import SPILLED, Compiled, compiled, problems
 from tests.cards.launches import recording
-from tests.cards.picks import BATCHES, LAYERS, case_of, picks
-from tests.cards.support import SCENARIOS
+from tests.cards.picks import BATCHES, LAYERS, case_of, picks, small
 from xfv1.kernels import paged
 from xfv1.kernels.tiling import Config, prefill_config
 from xfv1.ops.triton_paged import TritonPaged
@@ -52,7 +51,9 @@ def test_what_is_recorded_fits_too(name: str) -> None:
     rows = RESULTS["cards"][name]
     assert len({row["tile"] for row in rows}) == len(rows) >= 50
     assert problems(name, [Compiled(**row) for row in rows]) == []
-    assert all(row["registers"] > 0 and row["shared"] > 0 for row in rows)
+    assert all(row["registers"] > 0 for row in rows)
+    # One merge of splits needs no shared memory.
+    assert all(row["shared"] > 0 for row in rows if not row["tile"].startswith("merge"))
     # No more room is left than there has to be.
     assert max(row["spilled"] for row in rows) in (SPILLED[name], 0)
 
@@ -65,8 +66,7 @@ def test_own_kernels_picks_are_tiles_that_fit(name: str) -> None:
     assert own
     with recording(card.device) as launches:
         for kind, phase in own:
-            small = {"scenario": SCENARIOS[phase], "query_lens": (), "seq_lens": ()}
-            for call in calls(case_of(kind, phase).replace(**small), META, fnuz=card.fnuz):
+            for call in calls(small(case_of(kind, phase), phase), META, fnuz=card.fnuz):
                 op.run(call)
     tiles = {row["tile"] for row in RESULTS["cards"][name]}
     assert len(launches) >= len(own)

@@ -38,7 +38,7 @@ class Config:
 # padded head size that it is for. Then come the most rows, the keys and the fewest warps of a tile.
 # These are the largest tiles that spill little or nothing (docs/cards.md).
 Registers = tuple[tuple[int, int, int, int], ...]
-TURING: Registers = ((64, 64, 32, 8), (128, 32, 32, 8), (256, 16, 16, 8), (512, 8, 16, 8))
+TURING: Registers = ((64, 64, 32, 8), (128, 32, 32, 8), (256, 16, 16, 4), (512, 8, 16, 8))
 TURING_FLOAT32: Registers = ((64, 64, 32, 8), (256, 16, 16, 8), (512, 8, 16, 8))
 RDNA: Registers = ((64, 128, 32, 2), (128, 64, 16, 2), (256, 64, 16, 4), (512, 16, 16, 8))
 RDNA_FLOAT32: Registers = ((64, 32, 16, 8), (512, 16, 16, 8))

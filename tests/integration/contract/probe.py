@@ -472,11 +472,16 @@ def _stubbed(*names: str) -> Iterator[None]:
     """Empty modules in place of compiled ones that the process has not loaded.
 
     vLLM's build for CPUs has several libraries, one to a kind of processor. They register the same
-    operators, so a process that loads a second one ends.
+    operators, so a process that loads a second one ends. The other modules that are imported
+    meanwhile stay: vLLM cannot be imported twice.
     """
     empty = {name: ModuleType(name) for name in names if name not in sys.modules}
-    with mock.patch.dict(sys.modules, empty):
+    sys.modules.update(empty)
+    try:
         yield
+    finally:
+        for name in empty:
+            del sys.modules[name]
 
 
 def _backend() -> Any:
