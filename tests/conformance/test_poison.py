@@ -1,8 +1,8 @@
 """Is what nobody may read really not read, beyond what vLLM's contract allows?"""
 
 from fixtures.cases import AttnCase
+from fixtures.cases.tables import depth_tier
 from fixtures.inputs import Poison, build_inputs
-from fixtures.tables import depth_tier
 from tests.harness.candidate import Driver
 from tests.harness.compare import check_against_reference
 from tests.harness.oracle import reference_device

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fixtures.cases import AttnCase
-from fixtures.inputs import (
+from fixtures.inputs.build import (
     GUARD_ROWS,
     K_SCALE,
     Q_SCALE,

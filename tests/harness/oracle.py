@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from fixtures.cases import AttnCase
+from fixtures.cases.tables import work
 from fixtures.inputs import TORCH_DTYPES, AttnInputs
-from fixtures.tables import work
 from reference import attend, gather_kv, write_kv
 from tests.harness.budget import SIGMAS, attention_budget
 

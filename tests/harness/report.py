@@ -327,7 +327,7 @@ class ReportPlugin:
 
     def _coverage(self) -> str:
         """What a whole tier's run covered; nothing to say of a part of one."""
-        from fixtures.covering import coverage_line
+        from fixtures.cases.covering import coverage_line
 
         option = self.config.option
         tier = {"cpu": "cpu", "gpu": "gpu", "long": "gpu"}.get(self.tier)

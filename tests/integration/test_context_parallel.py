@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from fixtures.cases import AttnCase
-from fixtures.inputs import HUGE, NULL_BLOCK, AttnInputs, build_inputs
+from fixtures.inputs.build import HUGE, NULL_BLOCK, AttnInputs, build_inputs
 from tests.harness import candidate
 from tests.harness.candidate import Driver, Refused, common_metadata, drive, new_output
 from tests.harness.oracle import expected

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fixtures.cases import DTYPES, AttnCase, CaseError
+from fixtures.cases.scenarios import SCENARIOS
 from fixtures.inputs import AttnInputs, build_inputs
-from fixtures.scenarios import SCENARIOS
 from tests.harness.candidate import Mismatch, Outcome
 from tests.harness.compare import check_output
 from tests.harness.oracle import Expected, expected

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fixtures.axes import MODEL, Axis, Constraint, Model, Value
 from fixtures.cases import KV_LAYOUTS, AttnCase
-from fixtures.covering import (
+from fixtures.cases.covering import (
     DATA,
     STRENGTHS,
     Row,
@@ -23,8 +22,9 @@ from fixtures.covering import (
     possible_combinations,
     violated,
 )
-from fixtures.generate import MOST, effective, extended, generate, still_valid, write
-from fixtures.scenarios import SCENARIOS
+from fixtures.cases.generate import MOST, effective, extended, generate, still_valid, write
+from fixtures.cases.scenarios import SCENARIOS
+from fixtures.cases.space import MODEL, Axis, Constraint, Model, Value
 from tests.harness.perturb import PERTURBATIONS
 
 PLAIN: Row = {axis.name: axis.choices[0] for axis in MODEL.axes}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fixtures.cases import AttnCase
-from fixtures.hf_config import (
+from fixtures.cases.models import (
     MAX_KEY_ELEMENTS,
     MAX_LOGITS,
     MAX_WINDOW,
@@ -18,7 +18,7 @@ from fixtures.hf_config import (
     layer_kinds,
 )
 
-MODELS = Path(__file__).resolve().parents[2] / "fixtures" / "models"
+MODELS = Path(__file__).resolve().parents[2] / "fixtures" / "cases" / "models"
 FILES = sorted(MODELS.glob("*.json"))
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fixtures.cases import DTYPES, KV_LAYOUTS, AttnCase
-from fixtures.inputs import (
+from fixtures.cases.scenarios import SCENARIOS
+from fixtures.inputs.build import (
     GUARD_BLOCKS,
     GUARD_ROWS,
     HUGE,
@@ -25,7 +26,6 @@ from fixtures.inputs import (
     build_inputs,
     physical_shape,
 )
-from fixtures.scenarios import SCENARIOS
 from tests.harness.oracle import expected, written_cache
 from tests.harness.samples import SAMPLES, mixed
 

@@ -35,7 +35,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from fixtures.cases import AttnCase  # noqa: E402
-from fixtures.tables import TIERS, Row, rows  # noqa: E402
+from fixtures.cases.tables import TIERS, Row, rows  # noqa: E402
 from tests.harness.candidate import Refused, drive, load_candidate  # noqa: E402
 from tests.harness.provenance import environment  # noqa: E402
 from tests.museum.kill import (  # noqa: E402
