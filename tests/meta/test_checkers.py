@@ -23,7 +23,8 @@ from fixtures.cases.strategies import (
     profile,
 )
 from fixtures.cases.tables import work
-from fixtures.inputs.build import GUARD_BLOCKS, LAYER, LAYERS, AttnInputs, build_inputs
+from fixtures.inputs.build import AttnInputs, build_inputs
+from fixtures.inputs.pages import GUARD_BLOCKS, LAYER, LAYERS
 from fixtures.inputs.transforms import (
     as_captured,
     first_tokens,

@@ -163,7 +163,7 @@ def _tiles(case: AttnCase) -> int:
     rows = [-(-q * case.group // 16) for q in case.query_lens]
     return case.num_kv_heads * sum(
         r * -(-min(k, (case.sliding_window or k) + q) // 32)
-        for r, q, k in zip(rows, case.query_lens, case.seq_lens, strict=True)
+        for r, (q, k) in zip(rows, case.requests, strict=True)
     )
 
 
