@@ -15,7 +15,7 @@ require("torch", "hypothesis", "numpy")
 prepare()
 
 from fixtures.cases import AttnCase  # noqa: E402
-from fixtures.tables import TIERS, rows  # noqa: E402
+from fixtures.cases.tables import TIERS, rows  # noqa: E402
 from tests.harness import command_line, ledger  # noqa: E402
 from tests.harness.candidate import CandidateError, load_candidate  # noqa: E402
 from tests.harness.provenance import device_name, installed_versions  # noqa: E402

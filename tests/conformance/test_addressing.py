@@ -4,7 +4,7 @@ import dataclasses
 
 from fixtures.cases import AttnCase
 from fixtures.inputs import AttnInputs
-from fixtures.transforms import permute_blocks, spread_blocks
+from fixtures.inputs.transforms import permute_blocks, spread_blocks
 from tests.harness.candidate import Driver
 from tests.harness.compare import check_against_reference
 from tests.harness.report import Recorder

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from fixtures.cases import AttnCase
-from fixtures.inputs import BATCH_TENSORS, AttnInputs
-from fixtures.tables import depth_tier
-from fixtures.transforms import (
+from fixtures.cases.tables import depth_tier
+from fixtures.inputs.build import BATCH_TENSORS, AttnInputs
+from fixtures.inputs.transforms import (
     as_captured,
     first_tokens,
     later_tokens,

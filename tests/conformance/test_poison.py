@@ -1,22 +1,14 @@
 """Is what nobody may read really not read, beyond what vLLM's contract allows?"""
 
+from operator import attrgetter
+
 from fixtures.cases import AttnCase
+from fixtures.cases.tables import depth_tier
 from fixtures.inputs import Poison, build_inputs
-from fixtures.tables import depth_tier
 from tests.harness.candidate import Driver
 from tests.harness.compare import check_against_reference
 from tests.harness.oracle import reference_device
 from tests.harness.report import Recorder
-
-
-def _has_tail(case: AttnCase) -> bool:
-    """Whether some request's last block has slots after its last key."""
-    paged = case.attention != "encoder"
-    return paged and any(length % case.block_size for length in case.seq_lens)
-
-
-def _is_paged(case: AttnCase) -> bool:
-    return case.attention != "encoder"
 
 
 def _check_poisoned(driver: Driver, case: AttnCase, poison: Poison, record: Recorder) -> None:
@@ -39,7 +31,7 @@ def test_table_entries_past_the_last_block_are_not_followed(
     _check_poisoned(driver, case, Poison.OUT_OF_RANGE, record)
 
 
-test_nan_in_the_last_blocks_tail_does_not_leak.cases = _has_tail  # type: ignore[attr-defined]
-test_table_entries_past_the_last_block_are_not_followed.cases = _is_paged  # type: ignore[attr-defined]
+test_nan_in_the_last_blocks_tail_does_not_leak.cases = attrgetter("tailed")  # type: ignore[attr-defined]
+test_table_entries_past_the_last_block_are_not_followed.cases = attrgetter("paged")  # type: ignore[attr-defined]
 test_nan_in_the_last_blocks_tail_does_not_leak.least_tier = depth_tier  # type: ignore[attr-defined]
 test_table_entries_past_the_last_block_are_not_followed.least_tier = depth_tier  # type: ignore[attr-defined]

@@ -1,7 +1,8 @@
 """Does it all hold for cases that nobody thought of? Hypothesis draws them and shrinks a failure.
 
-HYPOTHESIS_PROFILE=nightly, weekly or soak draws more, see `fixtures.strategies`. A drawn case that
-fails as the ledger says its like do is known; one that passes all the same says nothing of others.
+HYPOTHESIS_PROFILE=nightly, weekly or soak draws more, see `fixtures.cases.strategies`. If a drawn
+case fails and an entry of the ledger matches it, the failure is known. A drawn case that passes
+although an entry matches it is no problem: the entry may describe other cases.
 """
 
 from typing import Any
@@ -12,9 +13,9 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from fixtures.cases import AttnCase
+from fixtures.cases.strategies import cases_of, parts, profile
+from fixtures.cases.tables import TIERS
 from fixtures.inputs import build_inputs
-from fixtures.strategies import cases_of, parts, profile
-from fixtures.tables import TIERS
 from tests.conformance import test_cache, test_output
 from tests.harness.candidate import Refused, drive
 from tests.harness.compare import check_cache, check_output, check_padding

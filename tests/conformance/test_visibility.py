@@ -7,7 +7,7 @@ import torch
 
 from fixtures.cases import AttnCase
 from fixtures.inputs import TORCH_DTYPES, AttnInputs
-from fixtures.probes import build_probe, can_probe
+from fixtures.inputs.probes import build_probe, can_probe
 from reference import visible
 from tests.harness.candidate import drive
 from tests.harness.compare import Mismatch

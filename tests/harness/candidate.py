@@ -19,16 +19,8 @@ from typing import Any
 import torch
 
 from fixtures.cases import AttnCase
-from fixtures.inputs import (
-    GUARD_ROWS,
-    K_SCALE,
-    Q_SCALE,
-    TORCH_DTYPES,
-    V_SCALE,
-    AttnInputs,
-    build_sinks,
-    build_slopes,
-)
+from fixtures.inputs.build import GUARD_ROWS, K_SCALE, Q_SCALE, V_SCALE, AttnInputs
+from fixtures.inputs.draw import TORCH_DTYPES, build_sinks, build_slopes
 from tests.harness.environment import register_models
 from xfv1.wording import cause, did_you_mean, shown
 
@@ -450,7 +442,7 @@ def _spec(case: AttnCase) -> Any:
     from vllm.v1 import kv_cache_interface as kv
 
     cache_dtype = TORCH_DTYPES[case.dtype]
-    if case.kv_dtype != "auto":
+    if case.quantized:
         # vLLM allocates fp8 caches as bytes; backends view them.
         cache_dtype = torch.uint8
     common: dict[str, Any] = {
@@ -509,7 +501,7 @@ def _layer(
         if case.kv_sharing:
             layer = make("model.layers.1.self_attn.attn", layer.layer_name)
     layer = layer.to(device)
-    if case.kv_dtype != "auto":
+    if case.quantized:
         for name, scale in (("q", Q_SCALE), ("k", K_SCALE), ("v", V_SCALE)):
             getattr(layer, f"_{name}_scale").fill_(scale)
             setattr(layer, f"_{name}_scale_float", scale)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from fixtures.cases import AttnCase
-from fixtures.hf_config import cases_from_config
-from fixtures.strategies import profile
-from fixtures.tables import TIERS
+from fixtures.cases.models import cases_from_config
+from fixtures.cases.strategies import profile
+from fixtures.cases.tables import TIERS
 from tests.harness import ledger
 from tests.harness.candidate import named
 from tests.harness.environment import not_installed

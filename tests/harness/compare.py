@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fixtures.inputs import BATCH_TENSORS, AttnInputs
+from fixtures.inputs.build import BATCH_TENSORS, AttnInputs
 from tests.harness.candidate import UNTOUCHED, Mismatch, Outcome, bits
 from tests.harness.oracle import SCALE_FAULT, Expected, expected
 from tests.harness.report import Recorder
@@ -170,7 +170,7 @@ def check_cache(inputs: AttnInputs, outcome: Outcome, expected_storage: torch.Te
 
 def _locate(inputs: AttnInputs, flat: int) -> tuple[int, int, int, int, int]:
     """(layer, block, head, offset, content) of a flat index into the storage."""
-    from fixtures.inputs import physical_shape
+    from fixtures.inputs.pages import physical_shape
 
     order, shape = physical_shape(inputs.case, inputs.storage.numel())
     indices = [int(i) for i in torch.unravel_index(torch.tensor(flat), shape)]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from fixtures.cases import AttnCase
+from fixtures.cases.tables import work
 from fixtures.inputs import TORCH_DTYPES, AttnInputs
-from fixtures.tables import work
 from reference import attend, gather_kv, write_kv
 from tests.harness.budget import SIGMAS, attention_budget
 
@@ -91,7 +91,7 @@ def written_cache(inputs: AttnInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """A copy of the cache after the batch's own tokens have been written: (cache, storage)."""
     cache, storage = inputs.new_cache()
     case = inputs.case
-    if case.attention != "encoder" and not case.kv_sharing:
+    if case.paged and not case.kv_sharing:
         key_cache, value_cache = inputs.split_cache(cache)
         write_kv(
             inputs.key,
@@ -113,7 +113,7 @@ def requests(inputs: AttnInputs, cache: torch.Tensor) -> Iterator[Request]:
         rows = slice(starts[index], starts[index + 1])
         if rows.start == rows.stop:
             continue
-        if inputs.case.attention == "encoder":
+        if not inputs.case.paged:
             key, value = inputs.key[rows], inputs.value[rows]
         else:
             ids = inputs.block_table[index]
@@ -150,7 +150,7 @@ def expected(inputs: AttnInputs, query: torch.Tensor | None = None) -> Expected:
             scale=inputs.scale,
             dtype=dtype,
             softcap=case.softcap,
-            quantized=case.kv_dtype != "auto",
+            quantized=case.quantized,
             operands=None if query is None else TORCH_DTYPES[case.kv_dtype],
         )
         output[request.rows], bound[request.rows] = attended.output, budget.output
@@ -161,7 +161,7 @@ def expected(inputs: AttnInputs, query: torch.Tensor | None = None) -> Expected:
         # A matched filter: each element counts by how far it moves and how well it is known.
         w = torch.where(budget.output > 0, moved / budget.output.square(), 0.0)
         dequantized = []
-        if case.kv_dtype != "auto":
+        if case.quantized:
             key, value = (part.to(dtype) for part in kv)
             dequantized = [(key, request.value), (request.key, value)]
         spread = budget.along(w, [attend(rows, *kv, **arguments).output for kv in dequantized])

@@ -6,12 +6,13 @@ says by how much each would. It needs the reference alone, no candidate.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fixtures.cases import AttnCase
+from fixtures.cases import AttnCase, effects
+from fixtures.cases.effects import Hidden, first_of, most_keys, unless
 from fixtures.inputs import AttnInputs
 from reference import attend, visible
 from reference.lowprec import attend_lowprec
@@ -26,7 +27,6 @@ from tests.harness.oracle import (
 
 Arguments = dict[str, Any]
 Answer = Callable[[AttnInputs, Request, Arguments], torch.Tensor]
-Hidden = Callable[[AttnCase], str | None]
 
 # How many budgets away a wrong answer must be: an honest error may hide one, and this leaves two.
 SEVERAL = 3.0
@@ -220,144 +220,90 @@ def _seen(request: Request, arguments: Arguments) -> torch.Tensor:
     return visible(*_positions(request), **mask)
 
 
-# Why they cannot show.
+# Why they cannot show, beside the reasons in `fixtures.cases.effects`.
 
-
-def _active(case: AttnCase) -> list[tuple[int, int]]:
-    """(query_len, seq_len) of the requests with tokens."""
-    return [(q, k) for q, k in zip(case.query_lens, case.seq_lens, strict=True) if q]
-
-
-def _longest(case: AttnCase) -> int:
-    return max(k for _, k in _active(case))
-
-
-def most_keys(case: AttnCase) -> int:
-    """The largest number of keys that one query sees."""
-    window = case.sliding_window or _longest(case)
-    return min(_longest(case), window if case.causal else 2 * window - 1)
-
-
-def _first_of(*reasons: Hidden) -> Hidden:
-    """The first reason there is."""
-    return lambda case: next((why for hidden in reasons if (why := hidden(case))), None)
-
-
-def _unless(fact: Callable[[AttnCase], bool], why: str) -> Hidden:
-    """``why``, where the fact does not hold."""
-    return lambda case: None if fact(case) else why
-
-
-blurred = _unless(
-    lambda case: case.kv_dtype == "auto" or case.logits != "extreme",
-    "a kernel may dequantize an fp8 cache to the model's dtype, which moves extreme logits by more"
-    " than lies between them",
-)
-_one_key = _unless(
-    lambda case: case.sinks or most_keys(case) > 1,
-    "a query that sees one key, and no sink, gives it all its weight whatever the logit",
-)
-_one_hot = _unless(
+_one_hot = unless(
     lambda case: case.logits != "extreme",
     "of extreme logits the largest has all the weight, and a small change leaves it the largest",
 )
-_planted = _unless(
+_planted = unless(
     lambda case: case.logits != "extreme",
     "of extreme logits the largest has all the weight, whether a key at an edge has it is chance",
 )
-_windowed = _unless(lambda case: case.sliding_window is not None, "no window")
-_outside = _first_of(
-    _windowed,
-    _unless(
-        lambda case: _longest(case) > (case.sliding_window or 0),
-        "no request is longer than the window",
-    ),
-)
-_fp8 = _unless(lambda case: case.kv_dtype != "auto", "the cache is not quantized")
 
 _ALL = (
-    Perturbation("window_ignored", _wrong(sliding_window=None), _outside),
-    Perturbation("window_plus_one", _widened(1), _first_of(_outside, _planted)),
+    Perturbation("window_ignored", _wrong(sliding_window=None), effects.wide_window),
+    Perturbation("window_plus_one", _widened(1), first_of(effects.wide_window, _planted)),
     Perturbation(
         "window_minus_one",
         _widened(-1),
-        _first_of(
-            _windowed,
-            _unless(
-                lambda case: _longest(case) >= (case.sliding_window or 0),
+        first_of(
+            effects.no_window,
+            unless(
+                lambda case: case.longest >= (case.sliding_window or 0),
                 "no request fills the window",
             ),
-            _unless(lambda case: case.sliding_window != 1, "a window cannot hold 0 keys"),
+            unless(lambda case: case.sliding_window != 1, "a window cannot hold 0 keys"),
             _planted,
         ),
     ),
     Perturbation(
         "softcap_dropped",
         _wrong(softcap=None),
-        _first_of(_unless(lambda case: case.softcap is not None, "no softcap"), _one_key),
+        first_of(effects.no_softcap, effects.one_key),
     ),
     Perturbation(
         "alibi_shifted",
         _shifted_slopes,
-        _first_of(
-            _unless(lambda case: case.alibi, "no ALiBi"),
-            _unless(lambda case: case.num_heads > 1, "one head has no neighbour's slope to take"),
-            _unless(
-                lambda case: most_keys(case) > 1,
-                "ALiBi adds 0 to the only key a query sees, its own",
-            ),
+        first_of(
+            effects.no_alibi,
+            unless(lambda case: case.num_heads > 1, "one head has no neighbour's slope to take"),
+            effects.no_bias,
             _one_hot,
         ),
     ),
     Perturbation(
         "alibi_linear",
         _wrong(alibi_sqrt=False),
-        _first_of(
-            _unless(lambda case: case.alibi_sqrt, "no ALiBi of the sqrt form"),
-            _unless(
+        first_of(
+            unless(lambda case: case.alibi_sqrt, "no ALiBi of the sqrt form"),
+            unless(
                 lambda case: most_keys(case) > 2, "distances 0 and 1 are their own square roots"
             ),
             _one_hot,
         ),
     ),
-    Perturbation("sinks_dropped", _wrong(sinks=None), _unless(lambda case: case.sinks, "no sinks")),
-    Perturbation("scale_one_percent", _wrong_scale, _first_of(_one_key, _one_hot)),
+    Perturbation("sinks_dropped", _wrong(sinks=None), unless(lambda case: case.sinks, "no sinks")),
+    Perturbation("scale_one_percent", _wrong_scale, first_of(effects.one_key, _one_hot)),
     Perturbation(
         "kv_heads_swapped",
         _swapped_heads,
-        _unless(lambda case: case.num_kv_heads > 1, "one KV head cannot be another"),
+        unless(lambda case: case.num_kv_heads > 1, "one KV head cannot be another"),
     ),
     Perturbation("newest_lost", _newest_lost, _planted),
     Perturbation(
         "look_ahead",
         _look_ahead,
-        _first_of(
-            _unless(lambda case: case.causal, "without causality a query sees what is ahead"),
-            _unless(
-                lambda case: any(q > 1 for q, _ in _active(case)), "no key is ahead of a last token"
-            ),
+        first_of(
+            unless(lambda case: case.causal, "without causality a query sees what is ahead"),
+            effects.no_future,
             _planted,
         ),
     ),
     Perturbation(
         "made_causal",
         _wrong(causal=True),
-        _first_of(
-            _unless(lambda case: not case.causal, "causal already"),
-            _unless(
-                lambda case: any(q > 1 and k > 1 for q, k in _active(case)),
-                "no key is ahead of a last token",
-            ),
-            _unless(lambda case: case.sliding_window != 1, "a window of 1 holds nothing ahead"),
-        ),
+        effects.no_lookahead,
     ),
     Perturbation(
         "k_scale_dropped",
         _scaled(lambda inputs: 1 / inputs.k_scale, lambda inputs: 1.0),
-        _first_of(_fp8, _one_key, _one_hot),
+        first_of(effects.no_scales, effects.one_key, _one_hot),
     ),
     Perturbation(
-        "v_scale_dropped", _scaled(lambda inputs: 1.0, lambda inputs: 1 / inputs.v_scale), _fp8
+        "v_scale_dropped",
+        _scaled(lambda inputs: 1.0, lambda inputs: 1 / inputs.v_scale),
+        effects.no_scales,
     ),
     Perturbation(
         "kv_scales_swapped",
@@ -365,10 +311,7 @@ _ALL = (
             lambda inputs: inputs.v_scale / inputs.k_scale,
             lambda inputs: inputs.k_scale / inputs.v_scale,
         ),
-        _fp8,
+        effects.no_scales,
     ),
 )
-# What hides one fault, and what hides any.
-PERTURBATIONS = {
-    fault.name: replace(fault, hidden=_first_of(blurred, fault.hidden)) for fault in _ALL
-}
+PERTURBATIONS = {fault.name: fault for fault in _ALL}

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from fixtures.cases import CUSTOM, AttnCase, CaseError
+from fixtures.cases.space import FEATURES, features_of
 from tests.harness.command_line import conforms
 from tests.harness.provenance import environment
 from xfv1.wording import one_line, shown
 
-COLUMNS = ("plain", "sliding_window", "softcap", "alibi", "sinks", "fp8", "other")
+PLAIN = "plain"
+COLUMNS = (PLAIN, *FEATURES)
 STATUSES = ("passed", "refused", "known", "failed")
 PROPERTY = "conformance"
 PROBLEM = "conformance_problems"
@@ -48,29 +50,7 @@ class Result:
 
 def columns_of(case: AttnCase) -> list[str]:
     """The table's columns that a case counts in."""
-    found = []
-    if case.sliding_window is not None:
-        found.append("sliding_window")
-    if case.softcap is not None:
-        found.append("softcap")
-    if case.alibi:
-        found.append("alibi")
-    if case.sinks:
-        found.append("sinks")
-    if case.kv_dtype != "auto":
-        found.append("fp8")
-    special = (
-        case.attention != "decoder",
-        case.kv_layout != "LBNHC",
-        case.fused_qkv,
-        case.kv_sharing,
-        bool(case.pad_reqs or case.pad_tokens),
-        case.shared_prefix,
-        case.logits != "planted",
-    )
-    if any(special):
-        found.append("other")
-    return found or ["plain"]
+    return features_of(case) or [PLAIN]
 
 
 class Recorder:
@@ -327,7 +307,7 @@ class ReportPlugin:
 
     def _coverage(self) -> str:
         """What a whole tier's run covered; nothing to say of a part of one."""
-        from fixtures.covering import coverage_line
+        from fixtures.cases.covering import coverage_line
 
         option = self.config.option
         tier = {"cpu": "cpu", "gpu": "gpu", "long": "gpu"}.get(self.tier)

@@ -13,7 +13,7 @@ def whole_call(inputs: AttnInputs) -> Call:
     """The whole batch in one call, as one phase that wants the LSE too."""
     case = inputs.case
     dtype = TORCH_DTYPES[case.dtype]
-    encoder, rows = case.attention == "encoder", slice(case.num_tokens)
+    encoder, rows = not case.paged, slice(case.num_tokens)
     longest = max(case.query_lens)
     cache = written_cache(inputs)[0]
     caches = (None, None) if encoder else inputs.split_cache(cache)
@@ -28,7 +28,7 @@ def whole_call(inputs: AttnInputs) -> Call:
             num_kv_heads=case.num_kv_heads,
             head_size=case.head_size,
             dtype=dtype,
-            kv_dtype=dtype if case.kv_dtype == "auto" else TORCH_DTYPES[case.kv_dtype],
+            kv_dtype=TORCH_DTYPES[case.cache_dtype],
             block_size=0 if encoder else case.block_size,
             sliding_window=case.sliding_window,
             softcap=case.softcap,

@@ -17,9 +17,9 @@ from unittest import mock
 import torch
 
 from benchmarks import say
-from fixtures.covering import covering_cases
+from fixtures.cases.covering import covering_cases
+from fixtures.cases.tables import work
 from fixtures.inputs import AttnInputs, build_inputs
-from fixtures.tables import work
 from tests.harness.candidate import Mismatch, Outcome
 from tests.harness.compare import check_lse, check_output
 from tests.harness.oracle import expected

@@ -10,7 +10,7 @@ import torch
 
 from fixtures.cases import AttnCase
 from fixtures.inputs import AttnInputs, build_inputs
-from fixtures.transforms import first_tokens, later_tokens, select_requests
+from fixtures.inputs.transforms import first_tokens, later_tokens, select_requests
 from tests.harness.candidate import Outcome, Refused, bits, drive
 from tests.harness.compare import check_against_reference
 from tests.harness.report import Recorder

@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from fixtures.cases import AttnCase
-from fixtures.inputs import HUGE, NULL_BLOCK, AttnInputs, build_inputs
+from fixtures.inputs.build import AttnInputs, build_inputs
+from fixtures.inputs.pages import HUGE, NULL_BLOCK
 from tests.harness import candidate
 from tests.harness.candidate import Driver, Refused, common_metadata, drive, new_output
 from tests.harness.oracle import expected
@@ -199,9 +200,7 @@ def of_rank(inputs: AttnInputs, rank: int, ranks: int, interleave: int) -> AttnI
     storage = poison.repeat(inputs.cache[0].numel() * num_blocks)
     physical = storage.view([shape[axis] for axis in order])
     cache = physical.permute([order.index(axis) for axis in range(4)])
-    cache[1:-1] = torch.tensor(HUGE[case.dtype if case.kv_dtype == "auto" else case.kv_dtype]).to(
-        cache
-    )
+    cache[1:-1] = torch.tensor(HUGE[case.cache_dtype]).to(cache)
     slots, first = [], 0
     for row, (length, query_len) in enumerate(zip(lens, query_lens, strict=True)):
         slot = mapped[first : first + length]

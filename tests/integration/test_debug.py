@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fixtures.cases import AttnCase
+from fixtures.cases.tables import cases
 from fixtures.inputs import Poison, build_inputs
-from fixtures.tables import cases
 from tests.harness.candidate import (
     UNTOUCHED,
     Driver,

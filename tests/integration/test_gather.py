@@ -39,7 +39,7 @@ def test_gathered_keys_are_those_within_some_querys_window(of: AttnCase) -> None
     ):
         assert pages is not None
         seen = []
-        for row, (query_len, length) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
+        for row, (query_len, length) in enumerate(case.requests):
             window = case.sliding_window or length
             first = max(length - query_len - window + 1, 0)
             seen.append(gather_kv(pages, inputs.block_table[row], length, scale)[first:])

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fixtures.cases import AttnCase
-from fixtures.covering import covering_cases
+from fixtures.cases.covering import covering_cases
+from fixtures.cases.tables import work
 from fixtures.inputs import build_inputs
-from fixtures.tables import work
 from tests.harness.candidate import Mismatch
 from tests.harness.compare import check_lse
 from tests.harness.environment import has_xformers

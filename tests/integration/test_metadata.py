@@ -13,7 +13,7 @@ import torch
 
 from fixtures.cases import AttnCase
 from fixtures.inputs import build_inputs
-from fixtures.transforms import as_captured
+from fixtures.inputs.transforms import as_captured
 from tests.harness.candidate import common_metadata, drive
 from tests.harness.compare import check_against_reference
 from tests.harness.report import Recorder

@@ -9,7 +9,7 @@ import torch
 
 from fixtures.cases import AttnCase
 from fixtures.inputs import AttnInputs, build_inputs
-from fixtures.transforms import permute_blocks
+from fixtures.inputs.transforms import permute_blocks
 from tests.harness.candidate import Driver, common_metadata, drive
 from tests.harness.compare import check_output
 from tests.harness.oracle import expected

@@ -85,8 +85,8 @@ def check_answer(case: AttnCase, num_splits: int, device: torch.device) -> None:
         # vLLM spells "none" both ways.
         sliding_window=case.sliding_window or 0,
         sinks=inputs.sinks,
-        k_scale=None if case.kv_dtype == "auto" else torch.tensor([inputs.k_scale], device=device),
-        v_scale=None if case.kv_dtype == "auto" else torch.tensor([inputs.v_scale], device=device),
+        k_scale=torch.tensor([inputs.k_scale], device=device) if case.quantized else None,
+        v_scale=torch.tensor([inputs.v_scale], device=device) if case.quantized else None,
         lse=lse,
         num_splits=num_splits,
     )

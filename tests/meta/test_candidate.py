@@ -7,7 +7,7 @@ import torch
 
 from fixtures.cases import AttnCase
 from fixtures.inputs import build_inputs
-from fixtures.transforms import as_captured
+from fixtures.inputs.transforms import as_captured
 from tests.harness.candidate import Driver, Refused, drive
 from xfv1.backend import XFormersAttentionBackend
 

@@ -18,8 +18,8 @@ from fixtures.cases import (
     AttnCase,
     CaseError,
 )
-from fixtures.scenarios import SCENARIOS
-from fixtures.tables import rows
+from fixtures.cases.scenarios import SCENARIOS
+from fixtures.cases.tables import rows
 
 
 @st.composite

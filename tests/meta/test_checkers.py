@@ -11,10 +11,9 @@ import pytest
 import torch
 from hypothesis import find, given, settings
 
-from fixtures.axes import MODEL
 from fixtures.cases import KV_LAYOUTS, AttnCase
-from fixtures.inputs import GUARD_BLOCKS, LAYER, LAYERS, AttnInputs, build_inputs
-from fixtures.strategies import (
+from fixtures.cases.space import MODEL
+from fixtures.cases.strategies import (
     EXAMPLES,
     MAX_WORK,
     PART_LAYERS,
@@ -23,8 +22,10 @@ from fixtures.strategies import (
     parts,
     profile,
 )
-from fixtures.tables import work
-from fixtures.transforms import (
+from fixtures.cases.tables import work
+from fixtures.inputs.build import AttnInputs, build_inputs
+from fixtures.inputs.pages import GUARD_BLOCKS, LAYER, LAYERS
+from fixtures.inputs.transforms import (
     as_captured,
     first_tokens,
     later_tokens,

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from fixtures.cases import AttnCase
-from fixtures.hf_config import cases_from_config
-from fixtures.tables import cases
+from fixtures.cases.models import cases_from_config
+from fixtures.cases.tables import cases
 from tests.harness import provenance
 from tests.meta.runs import CASE, ROOT, SMALL, WRONG, run_once, run_suite
 

@@ -9,13 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fixtures.axes import MODEL, Axis, Constraint, Model, Value
-from fixtures.cases import KV_LAYOUTS, AttnCase
-from fixtures.covering import (
+from fixtures.cases import ATTENTION, DTYPES, KV_DTYPES, KV_LAYOUTS, LOGITS, AttnCase
+from fixtures.cases.covering import (
     DATA,
     STRENGTHS,
-    Row,
-    case_of,
     coverage,
     coverage_line,
     covering_cases,
@@ -23,8 +20,22 @@ from fixtures.covering import (
     possible_combinations,
     violated,
 )
-from fixtures.generate import MOST, effective, extended, generate, still_valid, write
-from fixtures.scenarios import SCENARIOS
+from fixtures.cases.generate import MOST, effective, extended, generate, still_valid, write
+from fixtures.cases.scenarios import SCENARIOS
+from fixtures.cases.space import (
+    AXES,
+    BY_NAME,
+    MODEL,
+    Axis,
+    Constraint,
+    Model,
+    Row,
+    Rule,
+    Value,
+    case_of,
+    settled,
+)
+from fixtures.cases.tables import rows
 from tests.harness.perturb import PERTURBATIONS
 
 PLAIN: Row = {axis.name: axis.choices[0] for axis in MODEL.axes}
@@ -99,7 +110,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("effect", MODEL.effects, ids=lambda effect: effect.name)
-def test_a_value_has_an_effect_where_its_fault_shows(effect: Constraint) -> None:
+def test_a_value_has_an_effect_where_its_fault_shows(effect: Rule) -> None:
     """Of every row: what says whether a fault changes the output says the same of the value."""
     axis = effect.axes[0]
     shown = set()
@@ -151,6 +162,14 @@ def test_every_value_has_a_reason_and_is_there_once() -> None:
         assert all(len(value.why) > 5 for value in axis.values), axis.name
     assert len(set(MODEL.names)) == len(MODEL.names)
     assert set(MODEL.factors["batch"]) <= set(SCENARIOS)
+    # The space describes what a case accepts, and what the tables use.
+    words = {"dtype": DTYPES, "kv_dtype": KV_DTYPES, "kv_layout": KV_LAYOUTS}
+    words |= {"attention": ATTENTION, "logits": LOGITS}
+    assert {name: BY_NAME[name].every for name in words} == words
+    for axis in AXES:
+        assert all(len(value.why) > 5 for value in axis.values), axis.name
+        if not axis.fields:
+            assert {getattr(row.case, axis.name) for row in rows()} == set(axis.every), axis.name
 
 
 @pytest.mark.parametrize("constraint", MODEL.constraints, ids=lambda c: c.name)
@@ -162,6 +181,9 @@ def test_every_constraint_has_a_reason_and_excludes_something(constraint: Constr
     ]
     assert any(allowed) and not all(allowed)
     assert constraint.allows(*(PLAIN[axis] for axis in constraint.axes)), "a plain row is excluded"
+    for values in product(*(MODEL.factors[a] for a in constraint.axes)):
+        row = {**PLAIN, **dict(zip(constraint.axes, values, strict=True))}
+        assert not violated(settled(row)), "what gives way does not help"
     others = tuple(c for c in MODEL.constraints if c is not constraint)
     strength = len(constraint.axes)
     without = coverage([], strength, Model(MODEL.axes, others)).valid

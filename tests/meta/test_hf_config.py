@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fixtures.cases import AttnCase
-from fixtures.hf_config import (
+from fixtures.cases.models import (
     MAX_KEY_ELEMENTS,
     MAX_LOGITS,
     MAX_WINDOW,
@@ -18,7 +18,7 @@ from fixtures.hf_config import (
     layer_kinds,
 )
 
-MODELS = Path(__file__).resolve().parents[2] / "fixtures" / "models"
+MODELS = Path(__file__).resolve().parents[2] / "fixtures" / "cases" / "models"
 FILES = sorted(MODELS.glob("*.json"))
 
 
@@ -150,7 +150,7 @@ def test_ids_are_unique_and_round_trip(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_cases_are_within_the_oracles_means(path: Path) -> None:
     for case in cases_from_config(path):
-        pairs = sum(q * k for q, k in zip(case.query_lens, case.seq_lens, strict=True))
+        pairs = sum(q * k for q, k in case.requests)
         assert case.num_heads * pairs <= MAX_LOGITS
         assert case.num_heads * case.head_size * sum(case.seq_lens) <= MAX_KEY_ELEMENTS
 

@@ -8,24 +8,20 @@ import pytest
 import torch
 
 from fixtures.cases import DTYPES, KV_LAYOUTS, AttnCase
-from fixtures.inputs import (
+from fixtures.cases.scenarios import SCENARIOS
+from fixtures.inputs.build import GUARD_ROWS, K_SCALE, V_SCALE, AttnInputs, build_inputs
+from fixtures.inputs.draw import TORCH_DTYPES
+from fixtures.inputs.pages import (
     GUARD_BLOCKS,
-    GUARD_ROWS,
     HUGE,
-    K_SCALE,
     LAYER,
     LAYERS,
     NULL_BLOCK,
     SPARE_BLOCKS,
     TABLE_GUARD,
-    TORCH_DTYPES,
-    V_SCALE,
-    AttnInputs,
     Poison,
-    build_inputs,
     physical_shape,
 )
-from fixtures.scenarios import SCENARIOS
 from tests.harness.oracle import expected, written_cache
 from tests.harness.samples import SAMPLES, mixed
 
@@ -264,7 +260,7 @@ def test_a_shared_prefix_is_the_same_blocks_one_of_them_twice() -> None:
     """Shared: the whole blocks of the shortest context. What comes after is a request's own."""
     case = _case("shared_prefix")
     table = build_inputs(case).block_table.tolist()
-    pairs = list(zip(case.query_lens, case.seq_lens, strict=True))
+    pairs = case.requests
     shared = min(k - q for q, k in pairs) // case.block_size
     assert shared > 1
     assert len({tuple(row[:shared]) for row in table}) == 1
@@ -329,7 +325,7 @@ def test_a_slot_is_its_tokens_place_in_its_requests_own_block(name: str) -> None
     case = _case(name)
     inputs = build_inputs(case)
     size, wanted = case.block_size, []
-    for row, (query_len, length) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
+    for row, (query_len, length) in enumerate(case.requests):
         for position in range(0 if case.attention == "cross" else length - query_len, length):
             block = int(inputs.block_table[row, position // size])
             wanted.append(block * size + position % size)
@@ -351,7 +347,7 @@ def _roles(inputs: AttnInputs) -> dict[str, torch.Tensor]:
     case = inputs.case
     shape = (inputs.cache.shape[0], case.block_size)
     roles = {role: torch.zeros(shape, dtype=torch.bool) for role in ("context", "new", "tail")}
-    for row, (query_len, length) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
+    for row, (query_len, length) in enumerate(case.requests):
         written = length if case.kv_sharing else length - query_len
         if case.attention in ("encoder", "cross"):
             written = 0

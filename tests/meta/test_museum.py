@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fixtures.cases import AttnCase
-from fixtures.tables import Row, rows
+from fixtures.cases.tables import Row, rows
 from tests.harness.candidate import load_candidate
 from tests.museum.faults import FAULTS, Fault, Plain
 from tests.museum.kill import (

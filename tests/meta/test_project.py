@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fixtures.tables import TIERS, cases
+from fixtures.cases.tables import TIERS, cases
 from tests.integration.real import checkpoint as real
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -304,28 +304,12 @@ def every(case: AttnCase) -> bool:
     return True
 
 
-def paged(case: AttnCase) -> bool:
-    return case.attention != "encoder"
-
-
-def windowed(case: AttnCase) -> bool:
-    return case.sliding_window is not None and max(case.seq_lens) > case.sliding_window
-
-
 def windowed_at_decode(case: AttnCase) -> bool:
-    return windowed(case) and 1 in case.query_lens
+    return case.windowed and 1 in case.query_lens
 
 
 def windowed_prefill(case: AttnCase) -> bool:
-    return windowed(case) and max(case.query_lens) > 1
-
-
-def quantized(case: AttnCase) -> bool:
-    return case.kv_dtype != "auto"
-
-
-def tailed(case: AttnCase) -> bool:
-    return paged(case) and any(length % case.block_size for length in case.seq_lens)
+    return case.windowed and max(case.query_lens) > 1
 
 
 def grouped_prefill(case: AttnCase) -> bool:
@@ -351,7 +335,7 @@ class WindowIgnoredAtDecode(PlainOp):
         return layered(call, sliding_window=None) if call.batch.phase == DECODE else call
 
 
-@plant("vLLM #24358", windowed)
+@plant("vLLM #24358", lambda case: case.windowed)
 class WindowIgnored(PlainOp):
     """The sliding window is accepted, and ignored everywhere."""
 
@@ -359,7 +343,7 @@ class WindowIgnored(PlainOp):
         return layered(call, sliding_window=None)
 
 
-@plant("vLLM #24358", windowed, control=True)
+@plant("vLLM #24358", lambda case: case.windowed, control=True)
 class WindowRefused(MuseumImpl):
     """Sliding windows are refused when the layer is made: slow to serve, and never wrong."""
 
@@ -374,7 +358,7 @@ def resized(call: Call, by: int) -> Call:
     return call if window is None else layered(call, sliding_window=window + by)
 
 
-@plant("vLLM #3385", windowed)
+@plant("vLLM #3385", lambda case: case.windowed)
 class WindowOneKeyMore(PlainOp):
     """A window of W attends W + 1 keys."""
 
@@ -382,7 +366,7 @@ class WindowOneKeyMore(PlainOp):
         return resized(call, 1)
 
 
-@plant("vLLM #3385", windowed)
+@plant("vLLM #3385", lambda case: case.windowed)
 class WindowOneKeyLess(PlainOp):
     """A window of W attends W - 1 keys."""
 
@@ -390,7 +374,7 @@ class WindowOneKeyLess(PlainOp):
         return resized(call, -1)
 
 
-@plant("SGLang #31501, vLLM #27650", windowed)
+@plant("SGLang #31501, vLLM #27650", lambda case: case.windowed)
 class WindowToWholeBlocks(PlainOp):
     """The window only decides which blocks are read: the oldest key's block is seen whole."""
 
@@ -429,7 +413,7 @@ def _without_window(piece: Piece) -> Piece:
     lambda case: (
         windowed_prefill(case)
         and case.attention == "noncausal"
-        and any(q < k for q, k in zip(case.query_lens, case.seq_lens, strict=True))
+        and any(q < k for q, k in case.requests)
     ),
     "model of the symptom: 16 keys of those left of the window",
 )
@@ -498,9 +482,7 @@ class AlibiOffByConstant(PlainOp):
 
 @plant(
     "flash-attention #907",
-    lambda case: (
-        case.alibi and any(q < k for q, k in zip(case.query_lens, case.seq_lens, strict=True))
-    ),
+    lambda case: case.alibi and any(q < k for q, k in case.requests),
 )
 class AlibiFromQueryIndex(PlainOp):
     """ALiBi counts a query's position from its first new token: wrong if there are fewer queries
@@ -532,7 +514,7 @@ def unscaled(call: Call, *names: str) -> Call:
     return dataclasses.replace(call, **ones)
 
 
-@plant("vLLM 0.11.2's xformers.py", lambda case: quantized(case) and 1 in case.query_lens)
+@plant("vLLM 0.11.2's xformers.py", lambda case: case.quantized and 1 in case.query_lens)
 class ScalesDroppedAtDecode(PlainOp):
     """Decodes read a quantized cache without its scales."""
 
@@ -540,7 +522,7 @@ class ScalesDroppedAtDecode(PlainOp):
         return unscaled(call, "k_scale", "v_scale") if call.batch.phase == DECODE else call
 
 
-@plant("vLLM #42580", quantized)
+@plant("vLLM #42580", lambda case: case.quantized)
 class KeyScaleDropped(PlainOp):
     """Keys are read without their scale."""
 
@@ -548,7 +530,7 @@ class KeyScaleDropped(PlainOp):
         return unscaled(call, "k_scale")
 
 
-@plant("vLLM #42580", quantized)
+@plant("vLLM #42580", lambda case: case.quantized)
 class ValueScaleDropped(PlainOp):
     """Values are read without their scale."""
 
@@ -558,7 +540,7 @@ class ValueScaleDropped(PlainOp):
 
 @plant(
     "vLLM #53754",
-    quantized,
+    lambda case: case.quantized,
 )
 class QueryScaleAppliedTwice(MuseumImpl):
     """Queries come quantized, and their scale is applied twice."""
@@ -576,10 +558,7 @@ class QueryScaleAppliedTwice(MuseumImpl):
 
 @plant(
     "xFormers #1122, vLLM #9026",
-    lambda case: (
-        paged(case)
-        and any(q > 1 and k % 8 for q, k in zip(case.query_lens, case.seq_lens, strict=True))
-    ),
+    lambda case: case.paged and any(q > 1 and k % 8 for q, k in case.requests),
     "model of a mask cut for more keys than there are: for their number rounded up to 8",
 )
 class MaskLongerThanKeys(PlainOp):
@@ -650,7 +629,7 @@ class PaddedLanesCounted(PlainOp):
 # Reads beyond what is a request's own.
 
 
-@plant("vLLM #30887", windowed)
+@plant("vLLM #30887", lambda case: case.windowed)
 class ValuesBeforeWindowRead(PlainOp):
     """Values wholly before the window are read, and weighed by zero: NaN there leaks."""
 
@@ -658,7 +637,7 @@ class ValuesBeforeWindowRead(PlainOp):
         return everything(seen)
 
 
-@plant("flash-attention #1745, #2374", tailed)
+@plant("flash-attention #1745, #2374", lambda case: case.tailed)
 class TailValuesWeighedByZero(PlainOp):
     """The last block's slots after the last key are read, and their values weighed by zero."""
 
@@ -672,7 +651,7 @@ class TailValuesWeighedByZero(PlainOp):
 
 @plant(
     "FlashInfer #941",
-    tailed,
+    lambda case: case.tailed,
     "model of: the mask is added to the logits, which does not hide NaN",
 )
 class TailKeysMaskedByAddition(PlainOp):
@@ -692,7 +671,11 @@ class TailKeysMaskedByAddition(PlainOp):
         return super().attend(piece, logits, value.nan_to_num(0.0))
 
 
-@plant("vLLM #42494", paged, "exact; that it faults stands for an illegal memory access")
+@plant(
+    "vLLM #42494",
+    lambda case: case.paged,
+    "exact; that it faults stands for an illegal memory access",
+)
 class StaleTableEntryFollowed(PlainOp):
     """The table's entry after a request's last is followed, and what is read there dropped."""
 
@@ -704,7 +687,7 @@ class StaleTableEntryFollowed(PlainOp):
 
 @plant(
     "vLLM #53658, flash-attention #2711",
-    paged,
+    lambda case: case.paged,
     "model of: past the table's allocation a read faults, where a GPU's often does not",
 )
 class TableReadPastItsEnd(PlainOp):
@@ -722,7 +705,7 @@ class TableReadPastItsEnd(PlainOp):
 
 @plant(
     "xFormers 0.0.25 to 0.0.28's changelog",
-    paged,
+    lambda case: case.paged,
     "model of: what the table names past the last block is read, and weighed by zero",
 )
 class SplitReadsPastTheEnd(SplitOp):
@@ -768,7 +751,7 @@ def dequantized(piece: Piece, found: list[torch.Tensor]) -> tuple[torch.Tensor, 
 
 @plant(
     "vLLM #50427, #47671, flash-attention #772",
-    paged,
+    lambda case: case.paged,
     "model of int32: 16 bits, which the suite's caches pass",
 )
 class BlockOffsetIn16Bits(PlainOp):
@@ -780,7 +763,7 @@ class BlockOffsetIn16Bits(PlainOp):
         return dequantized(piece, offsets_wrapped(piece, count, 16))
 
 
-@plant("vLLM #50427, #47671, flash-attention #772", paged)
+@plant("vLLM #50427, #47671, flash-attention #772", lambda case: case.paged)
 class BlockOffsetIn32Bits(PlainOp):
     """Block times stride overflows int32: blocks far into the cache are read elsewhere."""
 
@@ -790,7 +773,7 @@ class BlockOffsetIn32Bits(PlainOp):
         return dequantized(piece, offsets_wrapped(piece, count, 32))
 
 
-@plant("aiter #3498, vLLM #47056", lambda case: paged(case) and case.kv_layout[0] == "B")
+@plant("aiter #3498, vLLM #47056", lambda case: case.paged and case.kv_layout[0] == "B")
 class ContiguousBlocksAssumed(PlainOp):
     """The stride from block to block is taken to be a block's size, as if there were one layer."""
 
@@ -819,7 +802,7 @@ class RepeatedBlockLost(PlainOp):
         return seen & kept.repeat_interleave(piece.block_size)[:count]
 
 
-@plant("PyTorch #182593", paged)
+@plant("PyTorch #182593", lambda case: case.paged)
 class SummedInBlockOrder(PlainOp):
     """Keys are summed in the order of their blocks in memory: the same answer, other bits."""
 
@@ -836,7 +819,7 @@ class SummedInBlockOrder(PlainOp):
         return super().attend(piece, logits[..., order], value[order])
 
 
-@plant("FlashInfer #4347", lambda case: paged(case) and case.block_size > 128)
+@plant("FlashInfer #4347", lambda case: case.paged and case.block_size > 128)
 class PageOffsetIn7Bits(PlainOp):
     """A key's place in its page is taken modulo 128: pages over 128 repeat their first half."""
 
@@ -851,7 +834,7 @@ class PageOffsetIn7Bits(PlainOp):
 
 @plant(
     "vllm-plugin-FL #353, #474",
-    lambda case: paged(case) and not case.kv_sharing and case.attention != "cross",
+    lambda case: case.paged and not case.kv_sharing and case.attention != "cross",
 )
 class NeverStores(Plain):
     """The flag that forward writes the cache is inherited, and forward does not."""
@@ -901,7 +884,7 @@ class PhasesSwapped(MuseumImpl):
 
 @plant(
     "FlashInfer #3864",
-    lambda case: quantized(case) and windowed(case) and 8 in case.query_lens,
+    lambda case: case.quantized and case.windowed and 8 in case.query_lens,
     "model of: one row of one head, the one whose largest weight is largest, misses that key",
 )
 class OneRowOfOneHead(PlainOp):
@@ -1083,7 +1066,7 @@ class FutureWeighedByLittle(PlainOp):
 
 @plant(
     "none: tails cleared, so that no NaN lies there to be read",
-    lambda case: tailed(case) and not case.kv_sharing and case.attention == "decoder",
+    lambda case: case.tailed and not case.kv_sharing and case.attention == "decoder",
 )
 class TailCleared(MuseumImpl):
     """What follows a new token in its block is set to zero, though it belongs to nobody yet."""
@@ -1128,7 +1111,7 @@ class BackwardsOp(PlainOp):
 
 @plant(
     "none: a plan that is made again only where it has to be",
-    lambda case: paged(case) and max(case.seq_lens) > SPLIT,
+    lambda case: case.paged and max(case.seq_lens) > SPLIT,
     "model of: the warm path sums keys the other way round",
 )
 class WarmPlanCutsOtherwise(RememberingImpl):
@@ -1147,7 +1130,7 @@ class WarmPlanCutsOtherwise(RememberingImpl):
 
 @plant(
     "none: a plan kept by what a batch's order does not change",
-    lambda case: paged(case) and len(set(case.seq_lens)) > 1 and case.attention == "decoder",
+    lambda case: case.paged and len(set(case.seq_lens)) > 1 and case.attention == "decoder",
 )
 class PlanKeptWhereOrderDiffers(RememberingImpl):
     """The requests' numbers of keys are kept from step to step, by how many there are, of how many
@@ -1161,7 +1144,7 @@ class PlanKeptWhereOrderDiffers(RememberingImpl):
 
 @plant(
     "none: a persistent buffer of which more is read than was written",
-    lambda case: paged(case) and case.kind == "decode" and len(set(case.seq_lens)) > 2,
+    lambda case: case.paged and case.kind == "decode" and len(set(case.seq_lens)) > 2,
 )
 class LargerBatchLeftBehind(RememberingImpl):
     """The last request's number of keys is read one too far in a buffer that an earlier step has
@@ -1191,7 +1174,7 @@ class GatheringOp(PlainOp):
 
 @plant(
     "none: a gathered copy of the cache kept by the blocks it is of",
-    lambda case: paged(case) and min(case.query_lens) > 1 and case.attention == "decoder",
+    lambda case: case.paged and min(case.query_lens) > 1 and case.attention == "decoder",
 )
 class GatheredKeysKeptByBlocks(RememberingImpl):
     """Keys and values are gathered once for the blocks that hold them: what a later step adds to

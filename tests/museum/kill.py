@@ -24,9 +24,9 @@ prepare()
 import torch  # noqa: E402
 
 from fixtures.cases import AttnCase  # noqa: E402
-from fixtures.covering import covering_cases  # noqa: E402
+from fixtures.cases.covering import covering_cases  # noqa: E402
+from fixtures.cases.tables import TIERS, Row, rows, work  # noqa: E402
 from fixtures.inputs import AttnInputs, build_inputs  # noqa: E402
-from fixtures.tables import TIERS, Row, rows, work  # noqa: E402
 from tests.conformance import (  # noqa: E402
     test_addressing,
     test_cache,

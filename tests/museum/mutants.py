@@ -35,7 +35,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from fixtures.cases import AttnCase  # noqa: E402
-from fixtures.tables import TIERS, Row, rows  # noqa: E402
+from fixtures.cases.effects import most_keys  # noqa: E402
+from fixtures.cases.space import FEATURES, OTHER, features_of  # noqa: E402
+from fixtures.cases.tables import TIERS, Row, rows  # noqa: E402
 from tests.harness.candidate import Refused, drive, load_candidate  # noqa: E402
 from tests.harness.provenance import environment  # noqa: E402
 from tests.museum.kill import (  # noqa: E402
@@ -89,24 +91,17 @@ class Ask:
 
 
 def features(case: AttnCase) -> frozenset[str]:
-    """What a case has of all that code may have a branch for."""
-    lens = list(zip(case.query_lens, case.seq_lens, strict=True))
+    """The facts about a case that code may have a branch for."""
     uniform = len(set(case.query_lens)) == 1
-    longest = max(case.seq_lens)
-    window = case.sliding_window or longest
-    decodes = [k for q, k in lens if q == 1]
+    window = case.sliding_window or case.longest
+    decodes = [k for q, k in case.requests if q == 1]
     splits = min(window, max(decodes, default=0)) >= 512
-    # Of one key the logit does not matter.
-    tells = min(window, longest) > 1
-    # What a mask or a weight depends on, which has to be right for each kind of batch.
-    layer = {
-        "sliding_window": 1 < window < longest,
-        "softcap": case.softcap is not None,
-        "alibi": case.alibi,
-        "sinks": case.sinks,
-        "fp8": case.kv_dtype != "auto",
-        "plain": True,
-    }
+    # If a query sees one key alone, its logit does not matter.
+    tells = most_keys(case) > 1
+    one_key_window = case.windowed and window == 1
+    # A mask or a weight depends on these, and has to be right for each kind of batch.
+    layer = {feature: feature in features_of(case) for feature in FEATURES if feature != OTHER}
+    layer |= {"plain": True, "sliding_window": case.windowed and not one_key_window}
     batch = {
         case.kind: True,
         case.attention: True,
@@ -120,16 +115,16 @@ def features(case: AttnCase) -> frozenset[str]:
         case.kv_dtype: True,
         "softcap in float32": case.softcap is not None and case.dtype == "fp32",
         "alibi_sqrt": case.alibi_sqrt,
-        "window of one": window == 1 < longest,
+        "window of one": one_key_window,
         "splits of several": splits and len(decodes) > 1 and case.num_kv_heads > 1,
         "splits without keys": splits and min(decodes) <= 256,
         "ragged verification": not uniform and 1 not in case.query_lens,
         "padded requests": case.pad_reqs > 0,
         "padded tokens": case.pad_tokens > 0,
         "no query": 0 in case.query_lens,
-        "fresh": all(q == k for q, k in lens),
-        "fresh beside decodes": case.kind == "mixed" and any(q == k > 1 for q, k in lens),
-        "many requests": len(lens) > 16,
+        "fresh": all(q == k for q, k in case.requests),
+        "fresh beside decodes": case.kind == "mixed" and any(q == k > 1 for q, k in case.requests),
+        "many requests": len(case.requests) > 16,
         "long prefill": max(case.query_lens) > 64,
         "kv_sharing": case.kv_sharing,
         "shared_prefix": case.shared_prefix,
@@ -163,7 +158,7 @@ def _tiles(case: AttnCase) -> int:
     rows = [-(-q * case.group // 16) for q in case.query_lens]
     return case.num_kv_heads * sum(
         r * -(-min(k, (case.sliding_window or k) + q) // 32)
-        for r, q, k in zip(rows, case.query_lens, case.seq_lens, strict=True)
+        for r, (q, k) in zip(rows, case.requests, strict=True)
     )
 
 

@@ -25,8 +25,8 @@ import torch  # noqa: E402
 
 import xfv1  # noqa: E402
 from fixtures.cases import AttnCase  # noqa: E402
+from fixtures.cases.tables import VLLM_SCENARIOS  # noqa: E402
 from fixtures.inputs import AttnInputs, build_inputs  # noqa: E402
-from fixtures.tables import VLLM_SCENARIOS  # noqa: E402
 from reference.paged import store  # noqa: E402
 from tests.harness.candidate import Mismatch, Refused, drive, load_candidate  # noqa: E402
 from tests.harness.oracle import expected, written_cache  # noqa: E402

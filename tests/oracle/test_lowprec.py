@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fixtures.cases import DTYPES, AttnCase
-from fixtures.inputs import Q_SCALE, TORCH_DTYPES, AttnInputs, build_inputs
+from fixtures.inputs.build import Q_SCALE, AttnInputs, build_inputs
+from fixtures.inputs.draw import TORCH_DTYPES
 from reference.lowprec import attend_lowprec
 from tests.harness.oracle import Expected, expected, requests, semantics, written_cache
 from tests.harness.perturb import worst_share
