@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import say
-from fixtures.tables import rows
+from fixtures.cases.tables import rows
 from tests.cards.cards import CARDS
 from tests.cards.launches import Launch, by_tile, launches_of
 from tests.cards.picks import BATCHES, LAYERS, case_of, small
