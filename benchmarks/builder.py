@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import RESULTS, environment, save, say
+from benchmarks import RESULTS
 from benchmarks.kernels import driver_of
 from fixtures.cases import AttnCase
 from fixtures.inputs import TORCH_DTYPES, AttnInputs
+from tests.harness.output import save, say
+from tests.harness.provenance import environment
 
 BACKENDS = {
     "xfv1": "xfv1",

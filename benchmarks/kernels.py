@@ -34,10 +34,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import RESULTS, ROOT, environment, save, say
+from benchmarks import RESULTS, ROOT
 from benchmarks.shapes import DECODE, MAX_RATIO, MIN_TURING_GAIN, ROWS, TURING, Row
 from fixtures.cases import AttnCase
 from fixtures.inputs import TORCH_DTYPES, AttnInputs
+from tests.harness.output import save, say
+from tests.harness.provenance import environment
 
 MAX_ERROR = 1e-2
 ROUNDS = 9

@@ -19,8 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import RESULTS, ROOT, environment, save, say
+from benchmarks import RESULTS, ROOT
 from benchmarks.shapes import LLAMA_8B, SERVING
+from tests.harness.output import save, say
+from tests.harness.provenance import environment
 
 BACKENDS = ("CUSTOM", "FLASH_ATTN", "TRITON_ATTN")
 # In the first run, more prompts than run at a time: the rest join decodes that are under way.

@@ -17,7 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import RESULTS, ROOT, environment, save, say
+from benchmarks import RESULTS, ROOT
+from tests.harness.output import save, say
+from tests.harness.provenance import environment
 
 TIERS = ("smoke", "cpu", "gpu")
 OUTCOME = re.compile(r"\b(PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")

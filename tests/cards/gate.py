@@ -21,12 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import say
 from fixtures.cases.tables import rows
 from tests.cards.cards import CARDS
 from tests.cards.launches import Launch, by_tile, launches_of
 from tests.cards.picks import BATCHES, LAYERS, case_of, small
 from tests.cards.tile import Tile
+from tests.harness.output import say
 from tests.harness.provenance import environment
 
 ROOT = Path(__file__).resolve().parents[2]

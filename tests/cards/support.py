@@ -19,7 +19,7 @@ from fixtures.cases import AttnCase
 from tests.cards.calls import calls
 from tests.cards.cards import Card
 from tests.cards.picks import small
-from tests.integration.contract.probe import cuda
+from tests.contract.probe import cuda
 from xfv1.dispatch import OPS
 from xfv1.ops.base import Call
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from tests.integration import agreement
-from tests.integration.against_transformers import CROSS, IMPL, SOUND, Result, unserved
-from tests.integration.against_transformers import XFV1 as BACKEND
-from tests.integration.checkpoints import CHECKPOINTS
-from tests.integration.engine import Run, RunReport
-from tests.integration.models import LLAMA, prompt
-from tests.integration.same_tokens import XFV1, unexercised
+from tests.engine import agreement
+from tests.engine.checkpoints import CHECKPOINTS
+from tests.engine.engine import Run, RunReport
+from tests.engine.models import LLAMA, prompt
+from tests.programs.against_transformers import CROSS, IMPL, SOUND, Result, unserved
+from tests.programs.against_transformers import XFV1 as BACKEND
+from tests.programs.same_tokens import XFV1, unexercised
 
 BOUND = 0.01
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fixtures.cases.tables import TIERS, cases
-from tests.integration.real import checkpoint as real
+from tests.engine.real import checkpoint as real
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -24,7 +24,7 @@ FAILING_CALL = re.compile(r"raises|warns|fail|exit|record\w*|check_\w+|_?same\w*
 # What must not raise is all of it.
 WITHOUT_ERROR = {"test_the_last_slot_is_inside"}
 # Where people look at the output of what they started.
-PRINTING = ("benchmarks/*", "xfv1/__main__.py", "tests/integration/engine.py")
+PRINTING = ("benchmarks/*", "xfv1/__main__.py", "tests/engine/engine.py")
 # Paths of a machine, and where packages come from: no file may depend on either.
 FOREIGN = re.compile(
     r"/(?:work|root|home/\w+|tmp/site)\b|\.carry\b"
@@ -151,7 +151,7 @@ def test_real_makes_the_checkpoint_that_its_tests_read() -> None:
     name, _, folder = own["set_env"].partition(" = ")
     assert name == real.VARIABLE
     assert own["commands_pre"] == (f"tox exec -e cpu -- python -m {real.__name__} {{env:{name}}}")
-    assert "tests/integration/real " in own["commands"]
+    assert "tests/engine/real " in own["commands"]
     environments = {section.removeprefix("testenv:") for section in _tox().sections()} | {"cpu"}
     assert Path(folder).parent.name == ".tox"
     assert Path(folder).name not in environments
@@ -175,7 +175,7 @@ def test_self_leaves_out_the_soak_alone() -> None:
         for name in TEST_MODULES
         if "conformance" not in name and "mark." + "long" in (ROOT / name).read_text()
     }
-    assert marked == {"tests/integration/test_soak.py"}
+    assert marked == {"tests/engine/test_soak.py"}
 
 
 # The package.

@@ -42,28 +42,28 @@ class Target:
     one_in: int = 1
 
 
-_DEBUG = "tests/integration/test_debug.py::test_what_is_wrong_is_named_before_an_op_runs"
+_DEBUG = "tests/backend/test_debug.py::test_what_is_wrong_is_named_before_an_op_runs"
 _COMPAT = (
-    "tests/integration/test_version.py",
-    "tests/integration/test_write_kv.py",
-    "tests/integration/test_impl.py",
+    "tests/backend/test_version.py",
+    "tests/backend/test_write_kv.py",
+    "tests/backend/test_impl.py",
 )
-_METADATA = ("tests/integration/test_phases.py", "tests/integration/test_metadata.py", _DEBUG)
-_DISPATCH = "tests/integration/test_dispatch.py"
-_IMPL = "tests/integration/test_impl.py"
+_METADATA = ("tests/backend/test_phases.py", "tests/backend/test_metadata.py", _DEBUG)
+_DISPATCH = "tests/backend/test_dispatch.py"
+_IMPL = "tests/backend/test_impl.py"
 _LSE = (
-    "tests/integration/test_lse.py -k no_key",
-    "tests/integration/test_lse.py::test_lse_is_the_references"
+    "tests/backend/test_lse.py -k no_key",
+    "tests/backend/test_lse.py::test_lse_is_the_references"
     "[edge_decode-h8kv2-gqa-head64-block16-fp16]",
 )
 _SPLITS = tuple(
-    f"tests/integration/test_splits.py::{test}"
+    f"tests/backend/test_splits.py::{test}"
     for test in (
         "test_any_number_of_splits_gives_the_references_answer",
         "test_more_splits_than_are_merged_at_a_time",
     )
 )
-_FLOAT8 = "tests/integration/test_other_cards.py::test_every_float8_is_decoded_exactly"
+_FLOAT8 = "tests/backend/test_other_cards.py::test_every_float8_is_decoded_exactly"
 TARGETS = (
     Target("xfv1.metadata", (TORCH, GATHERED), _METADATA, one_in=6),
     Target("xfv1.impl", (TORCH, GATHERED), (_IMPL, _DISPATCH), one_in=8),
@@ -77,13 +77,13 @@ TARGETS = (
     Target("xfv1.kernels.tiling", (TORCH,), ("tests/cards/test_tilings.py",), one_in=16),
     Target("xfv1.ops.xformers_splitk", (SPLITK,)),
     Target("xfv1.ops.xformers_base", (GATHERED, SPLITK), (_IMPL, _LSE[1]), one_in=8),
-    Target("xfv1.ops.gather", (GATHERED,), ("tests/integration/test_gather.py",), one_in=4),
+    Target("xfv1.ops.gather", (GATHERED,), ("tests/backend/test_gather.py",), one_in=4),
     Target("reference.lowprec", (LOWPREC,), ("tests/oracle/test_lowprec.py",), one_in=2),
 )
 _GPU = "a GPU's, or another vLLM's"
 _TILING = "how the work is cut decides how fast it is, and no answer"
 # vLLM's merge of ranks is Triton's, and asks for another vLLM than the CPU's: its tests
-# (tests/integration/test_context_parallel.py) start a process, which no mutant reaches.
+# (tests/backend/test_context_parallel.py) start a process, which no mutant reaches.
 _RANKS = "for context parallelism, whose tests run in a process of their own"
 _INVARIANT = "for batch invariance, whose tests run in a process of their own"
 WITHOUT = (

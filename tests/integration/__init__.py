@@ -1,1 +1,0 @@
-"""The plugin, the dispatch and real engines."""
