@@ -1,7 +1,7 @@
 """Every launch of the matrix compiles for every card, and fits it.
 
 Where a tile is new, or takes more than is recorded, these tests fail. Then:
-python -m tests.cards.gate --all --json docs/results/cards.json, an hour and a half of two cores.
+python -m tests.cards.gate --all --json docs/results/cards.json, about ten minutes of two cores.
 """
 
 import dataclasses
