@@ -98,7 +98,7 @@ def _share_machine() -> None:
     import torch
 
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    # What a CPU is given is small: more threads wait for each other more than they work.
+    # A CPU's cases are small: more threads would wait for each other more than they work.
     torch.set_num_threads(1)
     if not worker:
         return

@@ -1,4 +1,4 @@
-"""What every conformance test shares: fixtures for its trial, and its refusal.
+"""Shared by all conformance tests: the fixtures, and how a refusal ends a test.
 
 The fixtures have the names of `Trial`'s attributes, so that a trial can run a test without pytest.
 """
@@ -78,7 +78,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Any:
 
 
 def _share_memory() -> None:
-    """Give back what PyTorch keeps for later where that is more than this worker's share."""
+    """Free the GPU memory that PyTorch caches, if it is more than half of this worker's share."""
     if not torch.cuda.is_initialized():
         return
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -100,7 +100,7 @@ def _refused_or_lost(item: pytest.Item) -> Iterator[None]:
 
 
 def _leave_if_device_is_lost(item: pytest.Item, error: RuntimeError) -> None:
-    """After an illegal access nothing runs any more on this process's GPU.
+    """End the process if its GPU is lost: after an illegal access nothing runs on it any more.
 
     An xdist worker then dies, so that its test alone fails and another worker takes the rest;
     a process of its own stops.

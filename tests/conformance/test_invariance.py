@@ -90,7 +90,7 @@ def _check(driver: Driver, inputs: AttnInputs, truth: Truth) -> Verdict:
 def test_same_run_twice_is_the_same_bit_for_bit(
     driver: Driver, inputs: AttnInputs, record: Recorder
 ) -> None:
-    """Over the same buffers, as vLLM keeps its own from step to step."""
+    """Both runs use the same buffers, as vLLM keeps its own from step to step."""
     given = inputs.copied(driver.device)
     one = driver.step(given)
     given.storage.copy_(inputs.storage)
@@ -102,7 +102,7 @@ def test_same_run_twice_is_the_same_bit_for_bit(
 def test_a_thousand_runs_are_the_same_bit_for_bit(
     driver: Driver, inputs: AttnInputs, record: Recorder
 ) -> None:
-    """What two runs seldom show: sums in whichever order the parts happen to finish."""
+    """A kernel that adds parts in the order in which they finish seldom differs in two runs."""
     first = driver.run(inputs).output
     elements = 0
     for number in range(2, RUNS + 1):
@@ -124,8 +124,10 @@ def test_output_does_not_depend_on_where_blocks_lie(
 def test_requests_in_another_order_get_their_own_answers(
     driver: Driver, inputs: AttnInputs, truth: Truth, record: Recorder
 ) -> None:
-    """Reversed, but decodes before prefills, as vLLM orders a batch; after a step in which they
-    came the other way, of which nothing may be left."""
+    """The order is reversed, but decodes come before prefills, as vLLM orders a batch.
+
+    A step with the first order comes before; nothing of it may be left.
+    """
     lens = inputs.case.query_lens
     order = sorted(range(len(lens)), key=lambda r: (lens[r] > 1, -r))
     turned = select_requests(inputs, order)
@@ -137,7 +139,7 @@ def test_requests_in_another_order_get_their_own_answers(
 def test_a_request_alone_gets_the_same_answer(
     driver: Driver, inputs: AttnInputs, truth: Truth, record: Recorder
 ) -> None:
-    """The last request that has tokens, without the others, after a step with them."""
+    """The last request that has tokens, without the others, after a step with all of them."""
     last = max(r for r, q in enumerate(inputs.case.query_lens) if q)
     alone = select_requests(inputs, [last])
     driver.run(inputs)
@@ -165,8 +167,8 @@ def test_a_captured_graph_replays_like_eager(
 ) -> None:
     """Captured with vLLM's dummy batch, replayed on others with other lengths, blocks and contents.
 
-    Without CUDA there is no graph, but the step from what was built for a capture: all that it has
-    on the host is the dummy batch's, as in a graph.
+    Without CUDA there is no graph. The step then runs with the metadata that was built for a
+    capture: as in a graph, all that the host knows is about the dummy batch.
     """
     batches = [inputs, permute_blocks(inputs, seed=2)]
     if inputs.case.sliding_window is None and not inputs.case.shared_prefix:
@@ -178,7 +180,7 @@ def test_a_captured_graph_replays_like_eager(
     for batch in batches:
         replay = graph or _built_to_capture(driver, static, output)
         _refill(static, batch, output)
-        # vLLM builds metadata anew at every step; what a graph reads is refreshed in place.
+        # vLLM builds metadata anew at every step, which refreshes in place what a graph reads.
         driver.metadata(static)
         quantized, to = replay(), batch.device
         query = None if quantized is None else quantized.to(to)

@@ -43,7 +43,7 @@ def test_any_case_matches_the_reference(
     drawn: AttnCase = data.draw(cases_of(part))
     trial = Trial(candidate, drawn, device)
     inputs = trial.inputs
-    # The test that asks the same of a case of the tables: an entry of the ledger names that.
+    # Entries of the ledger name the tests that check the same for the cases of the tables.
     asked = test_output.test_output_matches_reference.__name__
     try:
         outcome = trial.outcome

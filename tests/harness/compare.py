@@ -108,7 +108,7 @@ def check_lse(lse: torch.Tensor, expected: Expected) -> Verdict:
 def check_padding(inputs: AttnInputs, outcome: Outcome) -> None:
     """Output rows past num_actual_tokens are as they were, bit for bit.
 
-    A captured graph's batch counts its padding as tokens, so there nothing is promised.
+    A captured graph's batch counts its padding as tokens; of its output nothing is promised.
 
     Raises:
         Mismatch: naming the first row written.

@@ -1,4 +1,4 @@
-"""What a test hands to the report, through pytest's user properties; xdist carries these."""
+"""The way from a test to the report: pytest's user properties, which xdist carries too."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

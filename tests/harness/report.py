@@ -246,7 +246,7 @@ class ReportPlugin:
         partial.replace(target)
 
     def _coverage(self) -> str:
-        """What a whole tier's run covered; nothing to say of a part of one."""
+        """A line about what a whole tier's run covered; empty if only a part of a tier was run."""
         from fixtures.cases.covering import coverage_line
 
         option = self.config.option

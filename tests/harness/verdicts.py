@@ -25,7 +25,7 @@ class Mismatch(AssertionError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a candidate did with a case.
+    """The tensors that a candidate left behind after a case.
 
     output: [num_rows, num_heads, head_size], all rows, padding's too. storage: the storage of the
     candidate's cache after the step. query: the query that the backend was given, if its layer

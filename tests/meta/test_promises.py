@@ -68,9 +68,7 @@ def test_a_trial_has_all_that_a_test_asks_for(each: Promise) -> None:
 
 
 def test_a_test_without_a_promise_is_named() -> None:
-    with pytest.raises(
-        LookupError, match=r"\.test_a_test_\w+ has a case: expected @promise"
-    ):
+    with pytest.raises(LookupError, match=r"\.test_a_test_\w+ has a case: expected @promise"):
         promise_of(test_a_test_without_a_promise_is_named)
 
 
