@@ -10,8 +10,8 @@ from fixtures.cases import AttnCase
 from fixtures.inputs import build_inputs
 from reference import gather_kv
 from tests.backend.calls import whole_call
-from tests.harness.candidate import bits
 from tests.harness.environment import has_xformers
+from tests.harness.memory import bits
 from tests.museum.twins import GatheredOp
 from xfv1.ops.xformers import gather
 from xfv1.ops.xformers.gather import contiguous_bias, contiguous_kv, picked, pieces

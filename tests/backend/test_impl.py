@@ -11,8 +11,9 @@ from fixtures.cases import KV_LAYOUTS, AttnCase
 from fixtures.inputs import AttnInputs, build_inputs
 from tests.backend import test_dispatch
 from tests.backend.calls import whole_call
-from tests.harness.candidate import Driver, drive, new_output
+from tests.harness.driver import Driver, drive
 from tests.harness.environment import has_xformers
+from tests.harness.memory import new_output
 from xfv1 import compat, dispatch, support
 from xfv1.backend import XFormersAttentionBackend
 from xfv1.device import Device

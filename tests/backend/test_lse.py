@@ -15,10 +15,10 @@ from fixtures.cases.tables import work
 from fixtures.inputs import build_inputs
 from tests.backend.calls import whole_call
 from tests.backend.interpreted import passed_in_interpreter
-from tests.harness.candidate import Mismatch
 from tests.harness.compare import check_lse
 from tests.harness.environment import has_xformers
-from tests.harness.oracle import expected
+from tests.harness.truth import expected
+from tests.harness.verdicts import Mismatch
 from xfv1.device import device_of
 from xfv1.dispatch import OPS
 from xfv1.ops.base import Call, Op

@@ -13,9 +13,10 @@ import torch
 from fixtures.cases import AttnCase
 from fixtures.inputs import build_inputs
 from tests.backend.interpreted import passed_in_interpreter
-from tests.harness.candidate import Outcome, new_output
 from tests.harness.compare import check_lse, check_output
-from tests.harness.oracle import expected, written_cache
+from tests.harness.memory import new_output
+from tests.harness.truth import expected, written_cache
+from tests.harness.verdicts import Outcome
 from tests.programs import sanitize
 from xfv1.device import device_of
 

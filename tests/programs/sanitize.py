@@ -20,10 +20,10 @@ from fixtures.cases.covering import covering_cases
 from fixtures.cases.tables import work
 from fixtures.inputs import AttnInputs, build_inputs
 from tests.backend.calls import whole_call
-from tests.harness.candidate import Mismatch, Outcome
 from tests.harness.compare import check_lse, check_output
-from tests.harness.oracle import expected
 from tests.harness.output import say
+from tests.harness.truth import expected
+from tests.harness.verdicts import Mismatch, Outcome
 from xfv1.device import device_of
 from xfv1.dispatch import OPS
 from xfv1.kernels.paged import launch
