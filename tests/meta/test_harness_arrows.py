@@ -14,7 +14,8 @@ HARNESS = "tests.harness"
 # A module imports modules of lower floors alone; the lowest floor is the first.
 FLOORS: tuple[set[str], ...] = (
     # About a process, a run or a file.
-    {"environment", "ledger", "provenance", "rocm", "samples", "settings", "summary", "watchdog"},
+    {"environment", "ledger", "output", "provenance", "rocm", "samples"}
+    | {"settings", "summary", "watchdog"},
     # The words that the other floors have in common.
     {"loading", "promises", "verdicts"},
     {"batch", "budget", "memory", "record"},
