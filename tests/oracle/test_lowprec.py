@@ -12,8 +12,8 @@ from fixtures.cases import DTYPES, AttnCase
 from fixtures.inputs.build import Q_SCALE, AttnInputs, build_inputs
 from fixtures.inputs.draw import TORCH_DTYPES
 from reference.lowprec import attend_lowprec
+from tests.harness.budget import worst_share
 from tests.harness.oracle import Expected, expected, requests, semantics, written_cache
-from tests.harness.perturb import worst_share
 from tests.harness.samples import SAMPLES, mixed
 
 # The budget is SIGMAS = 6 standard deviations, and the worst of the 1e5 or so elements looked at
