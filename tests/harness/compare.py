@@ -8,6 +8,7 @@ from fixtures.inputs.build import BATCH_TENSORS, AttnInputs
 from tests.harness.candidate import UNTOUCHED, Mismatch, Outcome, bits
 from tests.harness.oracle import SCALE_FAULT, Expected, expected
 from tests.harness.report import Recorder
+from tests.museum.nearest import named_fault
 
 __all__ = [
     "Mismatch",
@@ -50,7 +51,9 @@ def check_output(inputs: AttnInputs, outcome: Outcome, expected: Expected) -> Ve
     if share.numel() == 0:
         raise Mismatch("nothing was compared")
     if worst > LIMIT:
-        raise Mismatch(_describe(inputs, share, got, expected))
+        raise Mismatch(
+            _describe(inputs, share, got, expected) + named_fault(inputs, outcome, expected)
+        )
     along = expected.scale_share(got)
     if along > LIMIT:
         off = expected.scale_error(got)
@@ -59,6 +62,7 @@ def check_output(inputs: AttnInputs, outcome: Outcome, expected: Expected) -> Ve
             f" about {1 + off * (SCALE_FAULT - 1):.4g} times the right one\n"
             f"  projected on what a factor of {SCALE_FAULT} does, the error is {off!r} of that\n"
             f"  budget    {expected.scale_budget!r}: what rounding explains"
+            + named_fault(inputs, outcome, expected)
         )
     return Verdict(share.numel(), max(worst, along))
 
