@@ -22,7 +22,7 @@ from fixtures.cases import AttnCase
 from fixtures.inputs.build import GUARD_ROWS, K_SCALE, Q_SCALE, V_SCALE, AttnInputs
 from fixtures.inputs.draw import TORCH_DTYPES, build_sinks, build_slopes
 from tests.harness.environment import register_models
-from xfv1.wording import cause, did_you_mean, shown
+from tests.harness.wording import cause, did_you_mean, shown
 
 XFV1 = "xfv1.backend:XFormersAttentionBackend"
 # A NaN with a payload of its own: an output row nobody may write keeps these very bits.

@@ -16,7 +16,7 @@ from fixtures.cases import CUSTOM, AttnCase, CaseError
 from fixtures.cases.space import FEATURES, features_of
 from tests.harness.command_line import conforms
 from tests.harness.provenance import environment
-from xfv1.wording import one_line, shown
+from tests.harness.wording import one_line, shown
 
 PLAIN = "plain"
 COLUMNS = (PLAIN, *FEATURES)

@@ -5,6 +5,7 @@ happens after a failure alone. Two things bound its time. A fault is dropped at 
 that it does not explain. A case of more than MOST_WORK multiplications is not looked at.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,6 @@ from tests.harness.candidate import Outcome
 from tests.harness.oracle import Expected, Request, requests, written_cache
 from tests.museum.reference_faults import (
     REFERENCE_FAULTS,
-    SEVERAL,
     Question,
     ReferenceFault,
     answer,
@@ -26,6 +26,8 @@ from tests.museum.reference_faults import (
 
 # A CPU takes at most about ten seconds of one core for all faults of such a case.
 MOST_WORK = 1e9
+# An output that is within one budget of the truth is not within one of an answer farther away.
+APART = 2.0
 
 
 @dataclass
@@ -43,14 +45,17 @@ class _Trial:
     moved: float = 0.0
     moved_scale: float = 0.0
 
-    def share(self, expected: Expected) -> float:
-        """How far the candidate is from the fault's answer, in budgets."""
-        return max(self.off, _in_budget(self.off_scale, expected))
+    def share(self, expected: Expected, small: bool) -> float:
+        """How far the candidate is from the fault's answer, in budgets.
 
-    def fits(self, expected: Expected) -> bool:
-        """Whether the candidate gives the fault's answer, and that answer is not the truth."""
-        moved = max(self.moved, _in_budget(self.moved_scale, expected))
-        return self.share(expected) <= 1.0 and moved >= SEVERAL
+        small: the candidate has no element beyond the truth's budget, so that the sum decides. Then
+            the truth's budget for the sum is that of the fault's answer too.
+        """
+        return max(self.off, _in_budget(self.off_scale, expected)) if small else self.off
+
+    def differs(self, expected: Expected) -> bool:
+        """Whether the fault's answer is certainly not the truth's."""
+        return max(self.moved, _in_budget(self.moved_scale, expected)) > APART
 
 
 def _in_budget(off_scale: float, expected: Expected) -> float:
@@ -88,9 +93,10 @@ def nearest_fault(
         for trial in trials:
             _try(trial, asked, request, got, expected, quantized_query)
         trials = [trial for trial in trials if trial.off <= 1.0]
-    fitting = [trial for trial in trials if trial.fits(expected)]
-    nearest = min(fitting, key=lambda trial: trial.share(expected), default=None)
-    return nearest.fault if nearest else None
+    small = worst_share(output, expected.output, expected.budget) <= 1.0
+    shares = [(trial.share(expected, small), trial) for trial in trials if trial.differs(expected)]
+    share, nearest = min(shares, key=lambda pair: pair[0], default=(math.inf, None))
+    return nearest.fault if nearest and share <= 1.0 else None
 
 
 def _try(

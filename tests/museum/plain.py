@@ -221,7 +221,10 @@ class PlainImpl(AttentionImpl[PlainMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size
         self.scale = scale
-        self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes)
+        # vLLM makes layers where the default dtype is the model's.
+        self.alibi_slopes = (
+            None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
+        )
         self.sliding_window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
         # vLLM's models spell "no cap" both as None and as 0.
@@ -336,7 +339,7 @@ class PlainImpl(AttentionImpl[PlainMetadata]):
             quantized=self.float8 is not None,
             sliding_window=self.sliding_window,
             softcap=self.softcap,
-            alibi_slopes=None if self.alibi_slopes is None else self.alibi_slopes.float(),
+            alibi_slopes=self.alibi_slopes,
             alibi_sqrt=self.alibi_sqrt,
             sinks=None if self.sinks is None else self.sinks.detach().float(),
             k_scale=layer._k_scale if self.float8 else one,
@@ -351,11 +354,16 @@ class PlainImpl(AttentionImpl[PlainMetadata]):
         """Fill the call's rows of ``call.out``."""
         for piece in pieces(call):
             key, value = self.read(piece, piece.length)
-            seen = self.seen(piece, len(key))
-            span = self.span(seen)
-            key, value, seen = key[span], value[span], seen[:, span]
-            logits = self.mask(self.logits(piece, key, span.start), seen)
-            call.out[piece.rows] = self.attend(piece, logits, value).to(call.out.dtype)
+            answer = self.answer(piece, key, value, self.seen(piece, len(key)))
+            call.out[piece.rows] = answer.to(call.out.dtype)
+
+    def answer(
+        self, piece: Piece, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor
+    ) -> torch.Tensor:
+        """[query_len, num_heads, head_size] float32 of one request."""
+        span = self.span(seen)
+        logits = self.logits(piece, key[span], span.start)
+        return self.attend(piece, self.mask(logits, seen[:, span]), value[span])
 
     def read(self, piece: Piece, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first ``count`` keys and values, [count, num_kv_heads, head_size] float32."""
