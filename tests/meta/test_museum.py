@@ -24,6 +24,8 @@ from tests.museum.kill import (
     telling_rows,
 )
 from tests.museum.plain import Plain
+from tests.museum.reference_faults import REFERENCE_FAULTS
+from tests.museum.registry import FAULTS, enter
 
 EXHIBITS: dict[str, dict[str, Any]] = {
     exhibit["name"]: exhibit for exhibit in json.loads(RESULTS.read_text())["exhibits"]
@@ -40,6 +42,15 @@ def _row(case: str) -> Row:
 
 def test_report_is_of_these_faults() -> None:
     assert list(EXHIBITS) == list(BACKEND_FAULTS)
+
+
+def test_a_fault_is_in_the_registry_once() -> None:
+    assert {**BACKEND_FAULTS, **REFERENCE_FAULTS} == FAULTS
+    assert len(FAULTS) == len(BACKEND_FAULTS) + len(REFERENCE_FAULTS)
+    fault = FAULTS["newest_lost"]
+    with pytest.raises(ValueError, match="fault newest_lost: expected a name that no other"):
+        enter(fault)
+    assert FAULTS["newest_lost"] is fault
 
 
 def test_report_has_no_surprise() -> None:

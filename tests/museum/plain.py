@@ -21,6 +21,7 @@ from vllm.v1.attention.backend import (
     AttentionType,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 INF = float("inf")
 ENCODERS = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
@@ -143,8 +144,8 @@ def pieces(call: Call) -> Iterator[Piece]:
 class PlainMetadata(AttentionMetadata):
     """One step's batch. All tensors but host_lens are vLLM's own, which a graph refreshes in place.
 
-    num_decodes: how many requests, the first ones, have no more tokens than a decode. decode_len:
-    an upper bound on the number of keys of a decode.
+    num_decodes: how many requests, the first ones, decode: they have the same few tokens, or none.
+    decode_len: an upper bound on the number of keys of a decode.
     """
 
     num_actual_tokens: int
@@ -177,8 +178,8 @@ class PlainBuilder(AttentionMetadataBuilder[PlainMetadata]):
         fast_build: bool = False,
     ) -> PlainMetadata:
         common = common_attn_metadata
-        long = common.query_start_loc_cpu.diff() > (self.reorder_batch_threshold or 1)
-        num_decodes = int(long.int().argmax()) if long.any() else common.num_reqs
+        threshold = self.reorder_batch_threshold or 1
+        num_decodes, *_ = split_decodes_and_prefills(common, threshold, require_uniform=True)
         bound = common.seq_lens_cpu_upper_bound
         known = bound is not None and 0 < num_decodes < common.num_reqs
         return PlainMetadata(
