@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.environment import prepare, require
+from tests.harness.environment import has_xfv1, prepare, require
 
 require("torch", "hypothesis", "numpy")
 prepare()
@@ -23,7 +23,7 @@ from tests.harness.provenance import device_name, installed_versions  # noqa: E4
 from tests.harness.record import Recorder, add_problem  # noqa: E402
 from tests.harness.report import ReportPlugin  # noqa: E402
 from tests.harness.watchdog import time_limit  # noqa: E402
-from xfv1.wording import one_line  # noqa: E402
+from tests.harness.wording import one_line  # noqa: E402
 
 pytest_plugins = ["tests.harness.options"]
 REPORT = "conformance-report"
@@ -81,10 +81,11 @@ def _reports(config: pytest.Config) -> bool:
 
 
 def _candidate(config: pytest.Config) -> type[Any]:
-    import xfv1
-
     candidate = load_candidate(command_line.candidate_name(config))
-    xfv1.register()
+    if has_xfv1():
+        import xfv1
+
+        xfv1.register()
     if faulthandler.is_enabled():
         # A library that vLLM imports has taken over the signals of crashes.
         faulthandler.disable()

@@ -18,7 +18,8 @@ from fixtures.inputs import AttnInputs
 from tests.harness.driver import Driver
 from tests.harness.trial import Trial
 from tests.harness.truth import Truth, expected
-from tests.harness.verdicts import Outcome, Refused
+from tests.harness.verdicts import Mismatch, Outcome, Refused
+from tests.museum.nearest import named_fault
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def pytest_runtest_setup(item: pytest.Item) -> Any:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Any:
-    with _refused_or_lost(item):
+    with _refused_or_lost(item), _explained():
         return (yield)
 
 
@@ -96,6 +97,17 @@ def _refused_or_lost(item: pytest.Item) -> Iterator[None]:
         pytest.skip(f"refused: {refusal}")
     except RuntimeError as error:
         _leave_if_device_is_lost(item, error)
+        raise
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """A wrong output is compared with the answers of planted faults; the nearest one is named."""
+    try:
+        yield
+    except Mismatch as mismatch:
+        if mismatch.evidence and (line := named_fault(*mismatch.evidence)):
+            mismatch.add_note(line)
         raise
 
 

@@ -37,6 +37,7 @@ of absolute values; and a cache's dequantization (4), a function of few stored v
 makes of these very keys and values, twice: the scale may be rounded before the product is.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -112,6 +113,12 @@ def smallest_step(dtype: torch.dtype) -> float:
     """The largest error of rounding a number next to zero."""
     flushed = torch.finfo(torch.float32).smallest_normal
     return max(torch.finfo(dtype).smallest_normal * unit_roundoff(dtype), flushed)
+
+
+def worst_share(output: torch.Tensor, truth: torch.Tensor, budget: torch.Tensor) -> float:
+    """The largest |output - truth| / budget; NaN and infinity are infinitely far from a number."""
+    error = (output.double() - truth).abs().nan_to_num(math.inf, posinf=math.inf)
+    return float(torch.where(error > 0, error / budget, 0.0).max())
 
 
 def attention_budget(

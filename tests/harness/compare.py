@@ -36,7 +36,7 @@ def check_output(inputs: AttnInputs, outcome: Outcome, expected: Expected) -> Ve
     if share.numel() == 0:
         raise Mismatch("nothing was compared")
     if worst > LIMIT:
-        raise Mismatch(_describe(inputs, share, got, expected))
+        raise Mismatch(_describe(inputs, share, got, expected), (inputs, outcome, expected))
     along = expected.scale_share(got)
     if along > LIMIT:
         off = expected.scale_error(got)
@@ -44,7 +44,8 @@ def check_output(inputs: AttnInputs, outcome: Outcome, expected: Expected) -> Ve
             f"each element is within its budget, yet all together they are those of a softmax scale"
             f" about {1 + off * (SCALE_FAULT - 1):.4g} times the right one\n"
             f"  projected on what a factor of {SCALE_FAULT} does, the error is {off!r} of that\n"
-            f"  budget    {expected.scale_budget!r}: what rounding explains"
+            f"  budget    {expected.scale_budget!r}: what rounding explains",
+            (inputs, outcome, expected),
         )
     return Verdict(share.numel(), max(worst, along))
 

@@ -56,6 +56,11 @@ def has_xformers() -> bool:
     return importlib.util.find_spec("xformers") is not None
 
 
+def has_xfv1() -> bool:
+    """Whether xfv1 can be imported; the suite can test other candidates without it."""
+    return importlib.util.find_spec("xfv1") is not None
+
+
 def register_models(*names: str) -> None:
     """Make vLLM take these of its models from this process.
 

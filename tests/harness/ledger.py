@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xfv1.wording import did_you_mean, shown
+from tests.harness.wording import did_you_mean, shown
 
 LEDGER = Path(__file__).parents[2] / "fixtures" / "known_failures.toml"
 

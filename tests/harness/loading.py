@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-from xfv1.wording import cause, did_you_mean, shown
+from tests.harness.wording import cause, did_you_mean, shown
 
 XFV1 = "xfv1.backend:XFormersAttentionBackend"
 

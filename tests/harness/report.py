@@ -18,7 +18,7 @@ from tests.harness.command_line import conforms
 from tests.harness.provenance import environment
 from tests.harness.record import PROBLEM, PROBLEMS, recorded
 from tests.harness.settings import assignments, settings
-from xfv1.wording import one_line, shown
+from tests.harness.wording import one_line, shown
 
 PLAIN = "plain"
 COLUMNS = (PLAIN, *FEATURES)

@@ -18,7 +18,7 @@ from fixtures.inputs.build import K_SCALE, Q_SCALE, V_SCALE
 from fixtures.inputs.draw import TORCH_DTYPES, build_sinks, build_slopes
 from tests.harness.environment import register_models
 from tests.harness.verdicts import Mismatch
-from xfv1.wording import cause
+from tests.harness.wording import cause
 
 # The largest number of requests, and of a graph's tokens: no case has more decodes.
 MAX_CAPTURED = 512

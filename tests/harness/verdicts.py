@@ -5,6 +5,7 @@ that it broke a promise. A `Verdict` says how near its answer is to the truth.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,10 +18,6 @@ class Refused(Exception):
     def __init__(self, reasons: list[str]) -> None:
         super().__init__("; ".join(reasons))
         self.reasons = reasons
-
-
-class Mismatch(AssertionError):
-    """A candidate broke a promise; the message explains which, where and by how much."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,20 @@ class Outcome:
     storage: torch.Tensor
     query: torch.Tensor | None = None
     given: AttnInputs | None = None
+
+
+class Mismatch(AssertionError):
+    """A candidate broke a promise; the message explains which, where and by how much.
+
+    evidence: the inputs, the outcome and the truth (`tests.harness.truth.Expected`), if the
+        mismatch is between the output and the truth.
+    """
+
+    def __init__(
+        self, message: str, evidence: tuple[AttnInputs, Outcome, Any] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.evidence = evidence
 
 
 @dataclass(frozen=True)

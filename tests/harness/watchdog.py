@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from xfv1.wording import one_line
+from tests.harness.wording import one_line
 
 USAGE_ERROR = 4
 # How much later than by its own line the process is ended by faulthandler, with the stack.

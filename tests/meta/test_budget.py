@@ -13,19 +13,18 @@ import torch
 from fixtures.cases import DTYPES, AttnCase, CaseError
 from fixtures.cases.scenarios import SCENARIOS
 from fixtures.inputs import AttnInputs, build_inputs
+from tests.harness.budget import worst_share
 from tests.harness.compare import check_output
-from tests.harness.perturb import (
-    PERTURBATIONS,
+from tests.harness.truth import Expected, expected
+from tests.harness.verdicts import Mismatch, Outcome
+from tests.museum.reference_faults import (
+    REFERENCE_FAULTS,
     SEVERAL,
-    Perturbation,
-    attend_request,
+    ReferenceFault,
     distinguishes,
     honest,
     output_share,
-    worst_share,
 )
-from tests.harness.truth import Expected, expected
-from tests.harness.verdicts import Mismatch, Outcome
 
 # bf16 has the widest budget, few elements are few chances; 8 heads plant every target.
 SHAPE: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 2, "head_size": 16, "dtype": "bf16"}
@@ -86,9 +85,11 @@ def test_a_features_faults_leave_the_budget(scenario: str, feature: str) -> None
     """Largest |wrong - truth| / budget is at least SEVERAL, for each fault that can show at all."""
     fields, faults = FEATURES[feature]
     case = _case(scenario, **fields)
-    able = [name for name in faults if PERTURBATIONS[name].applies(case)]
+    able = [name for name in faults if REFERENCE_FAULTS[name].shows(case)]
     for name in set(faults) - set(able):
-        assert PERTURBATIONS[name].hidden(case), f"{name} has no reason not to apply to {case.id}"
+        assert REFERENCE_FAULTS[name].hidden(case), (
+            f"{name} has no reason not to apply to {case.id}"
+        )
     if able:
         shares = distinguishes(*_truth(case), able)
         weak = {name: share for name, share in shares.items() if not share >= SEVERAL}
@@ -134,7 +135,7 @@ def test_a_case_that_tells_the_scale_catches_it(scenario: str) -> None:
     """And a case that does not is one in which the scale hardly matters."""
     case = _case(scenario)
     inputs, truth = _truth(case)
-    assert truth.tells_scale == PERTURBATIONS["scale_one_percent"].applies(case)
+    assert truth.tells_scale == REFERENCE_FAULTS["scale_one_percent"].shows(case)
     assert output_share(honest(inputs), truth) < 0.9
     for factor in (0.99, 1.01):
         wrong = honest(inputs, scale=inputs.scale * factor)
@@ -186,7 +187,7 @@ def test_a_fault_said_not_to_show_is_inside_the_budget(name: str, fields: dict[s
     if "num_heads" in fields:
         fields = fields | {"num_kv_heads": fields["num_heads"]}
     case = AttnCase(**{**SHAPE, **fields})
-    fault = PERTURBATIONS[name]
+    fault = REFERENCE_FAULTS[name]
     assert fault.hidden(case)
     inputs, truth = _truth(case)
     assert worst_share(fault.output(inputs), truth.output, truth.budget) < 1
@@ -194,19 +195,21 @@ def test_a_fault_said_not_to_show_is_inside_the_budget(name: str, fields: dict[s
 
 def test_every_fault_is_some_features() -> None:
     listed = {name for _, faults in FEATURES.values() for name in faults}
-    assert listed == set(PERTURBATIONS)
+    assert listed == set(REFERENCE_FAULTS)
 
 
 def test_no_fault_applies_without_its_feature() -> None:
     """A plain decode of one head of one key: nothing but losing that key can go wrong."""
     case = AttnCase(scenario="single_token", num_heads=1, num_kv_heads=1)
-    assert [name for name, fault in PERTURBATIONS.items() if fault.applies(case)] == ["newest_lost"]
+    assert [name for name, fault in REFERENCE_FAULTS.items() if fault.shows(case)] == [
+        "newest_lost"
+    ]
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_no_fault_is_the_truth(feature: str) -> None:
     """The table's machinery with nothing wrong gives the reference's very numbers."""
-    none = Perturbation("none", lambda _, one, how: attend_request(one, how), lambda _: None)
+    none = ReferenceFault("none", "nothing wrong", lambda case: None, lambda asked: asked)
     inputs, truth = _truth(_case("mixed_spec", **FEATURES[feature][0]))
     for poison in (False, True):
         assert torch.equal(none.output(inputs, poison=poison), truth.output)

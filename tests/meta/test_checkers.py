@@ -44,10 +44,10 @@ from tests.harness.compare import (
     check_padding,
 )
 from tests.harness.memory import bits, check_guards, new_output
-from tests.harness.perturb import PERTURBATIONS, honest
 from tests.harness.record import Recorder
 from tests.harness.truth import Expected, expected, requests, semantics, written_cache
 from tests.harness.verdicts import Mismatch, Outcome
+from tests.museum.reference_faults import REFERENCE_FAULTS, honest
 
 # A decode, a chunk and a prompt over blocks of 16, of which no window frees any.
 SMALL = AttnCase(
@@ -383,7 +383,7 @@ PROBES: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_probe_names_the_key_that_is_seen_or_missed(probe: Any, fault: str) -> None:
     choices, said = PROBES[fault]
     with pytest.raises(Mismatch, match=rf"request \d .*, head 0: the query at {said}"):
-        probe(PROBED.replace(**choices), PERTURBATIONS[fault].output)
+        probe(PROBED.replace(**choices), REFERENCE_FAULTS[fault].output)
 
 
 def test_a_probe_counts_the_keys_that_are_seen(probe: Any) -> None:

@@ -36,7 +36,7 @@ from fixtures.cases.space import (
     settled,
 )
 from fixtures.cases.tables import rows
-from tests.harness.perturb import PERTURBATIONS
+from tests.museum.reference_faults import REFERENCE_FAULTS
 
 PLAIN: Row = {axis.name: axis.choices[0] for axis in MODEL.axes}
 
@@ -120,7 +120,7 @@ def test_a_value_has_an_effect_where_its_fault_shows(effect: Rule) -> None:
         if axis == "kv_layout":
             assert shows == (_places(case) not in _others(case)), row
         elif row[axis] not in (PLAIN[axis], "beyond", "encoder", "cross"):
-            assert shows == PERTURBATIONS[FAULTS[axis]].applies(case), row
+            assert shows == REFERENCE_FAULTS[FAULTS[axis]].shows(case), row
         else:
             assert shows
         shown.add(shows)

@@ -15,12 +15,12 @@ HARNESS = "tests.harness"
 FLOORS: tuple[set[str], ...] = (
     # About a process, a run or a file.
     {"environment", "ledger", "output", "provenance", "rocm", "samples"}
-    | {"settings", "summary", "watchdog"},
+    | {"settings", "summary", "watchdog", "wording"},
     # The words that the other floors have in common.
     {"loading", "promises", "verdicts"},
     {"batch", "budget", "memory", "record"},
     {"server", "truth"},
-    {"perturb", "refusals"},
+    {"refusals"},
     {"compare", "driver"},
     {"trial"},
     {"command_line", "options"},
@@ -28,7 +28,7 @@ FLOORS: tuple[set[str], ...] = (
 )
 # The two sides that a comparison brings together: neither knows the other.
 CANDIDATE = {"batch", "driver", "loading", "refusals", "server"}
-TRUTH = {"budget", "perturb", "truth"}
+TRUTH = {"budget", "truth"}
 MODULES = sorted(path.stem for path in (ROOT / "tests" / "harness").glob("[!_]*.py"))
 CONFORMANCE = sorted(path.stem for path in (ROOT / "tests" / "conformance").glob("test_*.py"))
 

@@ -12,7 +12,7 @@ import pytest
 from fixtures.cases import AttnCase
 from fixtures.cases.tables import Row, rows
 from tests.harness.loading import load_candidate
-from tests.museum.faults import FAULTS, Fault, Plain
+from tests.museum.faults import BACKEND_FAULTS, BackendFault
 from tests.museum.kill import (
     KILLED,
     KINDS,
@@ -23,12 +23,15 @@ from tests.museum.kill import (
     attempt,
     telling_rows,
 )
+from tests.museum.plain import Plain
+from tests.museum.reference_faults import REFERENCE_FAULTS
+from tests.museum.registry import FAULTS, enter
 
 EXHIBITS: dict[str, dict[str, Any]] = {
     exhibit["name"]: exhibit for exhibit in json.loads(RESULTS.read_text())["exhibits"]
 }
 KILLS = [exhibit for exhibit in EXHIBITS.values() if exhibit["verdict"] == KILLED]
-CONTROLS = [fault for fault in FAULTS.values() if fault.control]
+CONTROLS = [fault for fault in BACKEND_FAULTS.values() if fault.control]
 # Rows of a control that are run here; `tests.museum.kill` runs more.
 CONTROL_ROWS = 2
 
@@ -38,13 +41,22 @@ def _row(case: str) -> Row:
 
 
 def test_report_is_of_these_faults() -> None:
-    assert list(EXHIBITS) == list(FAULTS)
+    assert list(EXHIBITS) == list(BACKEND_FAULTS)
+
+
+def test_a_fault_is_in_the_registry_once() -> None:
+    assert {**BACKEND_FAULTS, **REFERENCE_FAULTS} == FAULTS
+    assert len(FAULTS) == len(BACKEND_FAULTS) + len(REFERENCE_FAULTS)
+    fault = FAULTS["newest_lost"]
+    with pytest.raises(ValueError, match="fault newest_lost: expected a name that no other"):
+        enter(fault)
+    assert FAULTS["newest_lost"] is fault
 
 
 def test_report_has_no_surprise() -> None:
     for name, exhibit in EXHIBITS.items():
         noticed = exhibit["verdict"] == KILLED
-        assert noticed != FAULTS[name].control, name
+        assert noticed != BACKEND_FAULTS[name].control, name
 
 
 def test_every_kind_of_test_is_the_only_one_to_notice_some_fault() -> None:
@@ -53,8 +65,8 @@ def test_every_kind_of_test_is_the_only_one_to_notice_some_fault() -> None:
     assert alone == set(KINDS)
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_fault_is_a_candidate_with_a_source(fault: Fault) -> None:
+@pytest.mark.parametrize("fault", BACKEND_FAULTS.values(), ids=BACKEND_FAULTS)
+def test_fault_is_a_candidate_with_a_source(fault: BackendFault) -> None:
     assert load_candidate(fault.candidate) is fault.backend
     assert issubclass(fault.backend, Plain)
     assert fault.source and fault.what and fault.model
@@ -62,7 +74,7 @@ def test_fault_is_a_candidate_with_a_source(fault: Fault) -> None:
 
 @pytest.mark.parametrize("exhibit", KILLS, ids=lambda exhibit: exhibit["name"])
 def test_fault_is_noticed(exhibit: dict[str, Any]) -> None:
-    fault = FAULTS[exhibit["name"]]
+    fault = BACKEND_FAULTS[exhibit["name"]]
     case = AttnCase.from_id(exhibit["case"])
     assert asked_in(exhibit["kind"], _row(case.id)) == exhibit["tier"]
     assert attempt(fault.backend, exhibit["kind"], case, fault.steps).outcome == KILLED
@@ -77,7 +89,7 @@ def test_correct_candidate_passes_what_kills(kind: str, of: str) -> None:
 
 
 @pytest.mark.parametrize("fault", CONTROLS, ids=lambda fault: fault.name)
-def test_control_passes(fault: Fault) -> None:
+def test_control_passes(fault: BackendFault) -> None:
     for row in telling_rows(fault)[:CONTROL_ROWS]:
         for kind in KINDS:
             if applies(kind, row.case):

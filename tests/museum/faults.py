@@ -1,179 +1,47 @@
 """The museum: each fault as an `AttentionBackend` that `--candidate` can name.
 
-`tests.museum.faults:WindowIgnoredAtDecode` is `Plain`, a correct backend over xfv1's CPU op, with
-that one fault. A class here is an op, an impl, a builder or a backend that differs from the correct
-one in what its docstring says; `@plant` makes it a backend of its name and enters it in `FAULTS`.
+`tests.museum.faults:WindowIgnoredAtDecode` is `tests.museum.plain.Plain`, a correct backend, with
+that one fault. A class here is an impl, a builder or a backend that differs from the correct one in
+what its docstring says; `@plant` makes it a backend of its name and enters it in the registry.
 """
 
 import dataclasses
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from vllm.v1.attention.backend import AttentionLayer
 
 from fixtures.cases import AttnCase
-from xfv1.backend import XFormersAttentionBackend
-from xfv1.builder import XFormersMetadataBuilder
-from xfv1.impl import XFormersImpl
-from xfv1.ops.base import Call, Layer, Op
-from xfv1.ops.torch_cpu import TorchCpu
-from xfv1.phase import DECODE, Batch, Phase
-from xfv1.step import XFormersMetadata
+from fixtures.cases.effects import unless
+from tests.museum.plain import (
+    INF,
+    Call,
+    Piece,
+    Plain,
+    PlainBuilder,
+    PlainImpl,
+    PlainMetadata,
+    exp_minus,
+    weigh,
+    with_sinks,
+)
+from tests.museum.registry import Fault, enter
 
-INF = float("inf")
 EXACT = "exact"
-# Keys to a split of `SplitOp`, and to a tile of the faults that have tiles.
+# Keys to a split of `SplitImpl`, and to a tile of the faults that have tiles.
 SPLIT = 64
 TILE = 64
 
 
-# The correct backend, in stages that a fault can replace.
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One request of a call: its tokens' rows, and how many keys it has."""
-
-    call: Call
-    request: int
-    rows: slice
-    length: int
-
-    @property
-    def layer(self) -> Layer:
-        return self.call.layer
-
-    @property
-    def query_len(self) -> int:
-        return int(self.rows.stop - self.rows.start)
-
-    @property
-    def decodes(self) -> bool:
-        return self.call.batch.kind == DECODE
-
-    @property
-    def index(self) -> torch.Tensor:
-        """[query_len]: each query's place among the request's new tokens."""
-        return torch.arange(self.query_len)
-
-    @property
-    def positions(self) -> torch.Tensor:
-        """[query_len]: each query's place in the sequence."""
-        return self.index + self.length - self.query_len
-
-    def blocks(self, count: int) -> torch.Tensor:
-        """Ids of the blocks that hold the first ``count`` keys."""
-        return self.call.phase.block_table[self.request, : -(-count // self.block_size)].long()
-
-    @property
-    def block_size(self) -> int:
-        assert self.call.key_cache is not None
-        return self.call.key_cache.shape[1]
-
-    @property
-    def paged(self) -> bool:
-        return self.call.key_cache is not None
-
-
-def pieces(call: Call) -> Iterator[Piece]:
-    """The requests of a call that have tokens."""
-    starts = call.phase.query_start_loc.tolist()
-    for request, length in enumerate(call.phase.seq_lens.tolist()):
-        rows = slice(starts[request], starts[request + 1])
-        if rows.start < rows.stop:
-            yield Piece(call, request, rows, length)
-
-
-class PlainOp(TorchCpu):
-    """Attention in plain PyTorch, request by request; decodes and prefills apart."""
-
-    name = "museum"
-    ragged = False
-
-    def run(self, call: Call) -> None:
-        for piece in pieces(self.prepare(call)):
-            key, value = self.read(piece, piece.length)
-            seen = self.seen(piece, len(key))
-            span = self.span(seen)
-            key, value, seen = key[span], value[span], seen[:, span]
-            logits = self.mask(self.logits(piece, key, span.start), seen)
-            call.out[piece.rows] = self.attend(piece, logits, value).to(call.out.dtype)
-
-    def prepare(self, call: Call) -> Call:
-        return call
-
-    def read(self, piece: Piece, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first ``count`` keys and values, [count, num_kv_heads, head_size] float32."""
-        return self._keys_and_values(piece.call, piece.request, piece.rows, count)
-
-    def seen(self, piece: Piece, count: int) -> torch.Tensor:
-        """[query_len, count] bool."""
-        keys = torch.arange(count)
-        distance = piece.positions[:, None] - keys
-        seen = (keys < piece.length).expand_as(distance)
-        if piece.layer.causal:
-            seen = seen & (distance >= 0)
-        if piece.layer.sliding_window is not None:
-            seen = seen & (distance.abs() < piece.layer.sliding_window)
-        return seen
-
-    def span(self, seen: torch.Tensor) -> slice:
-        """The keys to read: from the first to the last that any query sees."""
-        used = seen.any(dim=0).nonzero().flatten()
-        return slice(int(used[0]), int(used[-1]) + 1) if used.numel() else slice(0, 0)
-
-    def logits(self, piece: Piece, key: torch.Tensor, first: int) -> torch.Tensor:
-        """[num_heads, query_len, num_keys]: scaled, capped, biased. first: the first key's
-        position."""
-        layer, call = piece.layer, piece.call
-        query = call.query[piece.rows].float().unflatten(1, (layer.num_kv_heads, layer.group))
-        logits = torch.einsum("qhgd,khd->hgqk", query, key).flatten(0, 1) * call.scale
-        if layer.softcap is not None:
-            logits = layer.softcap * self.tanh(logits / layer.softcap)
-        if call.alibi_slopes is not None:
-            away = self.distance(piece, torch.arange(first, first + len(key)))
-            away = away.sqrt() if layer.alibi_sqrt else away
-            logits = logits - call.alibi_slopes[:, None, None] * away
-        return logits
-
-    def tanh(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(x)
-
-    def distance(self, piece: Piece, keys: torch.Tensor) -> torch.Tensor:
-        """[query_len, num_keys] float32: how far a key lies, for ALiBi."""
-        return (piece.positions[:, None] - keys).abs().float()
-
-    def mask(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        return logits.masked_fill(~seen, -INF)
-
-    def attend(self, piece: Piece, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """[query_len, num_heads, head_size] float32 of masked logits."""
-        lse = with_sinks(piece.call, logits.logsumexp(dim=-1))
-        return weigh(exp_minus(logits, lse[..., None]), value).transpose(0, 1)
-
-
-def exp_minus(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """exp(x - offset), 0 where both are minus infinity."""
-    return torch.exp(x - offset.masked_fill(offset == -INF, 0.0))
-
-
-def with_sinks(call: Call, lse: torch.Tensor) -> torch.Tensor:
-    """The LSE, [num_heads, query_len], with each head's sink in it."""
-    return lse if call.sinks is None else torch.logaddexp(lse, call.sinks.float()[:, None])
-
-
-def weigh(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """[num_heads, query_len, head_size]: the values' sum by [num_heads, query_len, num_keys]."""
-    grouped = weights.unflatten(0, (value.shape[1], -1))
-    return torch.einsum("hgqk,khd->hgqd", grouped, value).flatten(0, 1)
+# What several faults need.
 
 
 def everything(seen: torch.Tensor) -> slice:
-    """In place of `PlainOp.span`: all keys, those that no query sees too."""
+    """In place of `PlainImpl.span`: all keys, those that no query sees too."""
     return slice(0, seen.shape[1])
 
 
@@ -183,7 +51,7 @@ def unread(logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return value.masked_fill(hidden[:, None, None], 0.0)
 
 
-class SplitOp(PlainOp):
+class SplitImpl(PlainImpl):
     """The same in splits of the keys, each with its output and LSE, which are then merged."""
 
     def attend(self, piece: Piece, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -193,7 +61,7 @@ class SplitOp(PlainOp):
             parts.append(weigh(exp_minus(logits[..., at], lse[..., None]), value[at]))
             lses.append(lse)
         merged, lse = self.merge(torch.stack(parts), self.laid_out(piece, torch.stack(lses)))
-        kept = torch.exp(lse - with_sinks(piece.call, lse))
+        kept = torch.exp(lse - with_sinks(piece.layer, lse))
         return (merged * kept[..., None].nan_to_num(0.0)).transpose(0, 1)
 
     def splits(self, piece: Piece, value: torch.Tensor) -> list[slice]:
@@ -213,51 +81,22 @@ class SplitOp(PlainOp):
         return (parts * exp_minus(lses, lse)[..., None]).sum(dim=0), lse
 
 
-class MuseumImpl(XFormersImpl):
-    """xfv1's impl with one op, whatever the batch."""
-
-    op: ClassVar[Op] = PlainOp()
-
-    def _op(self, facts: Layer, batch: Batch, phase: Phase, query: torch.Tensor) -> Op:
-        return self.op
-
-
-class Plain(XFormersAttentionBackend):
-    """The correct candidate."""
-
-    impl: ClassVar[type[MuseumImpl]] = MuseumImpl
-    builder: ClassVar[type[XFormersMetadataBuilder]] = XFormersMetadataBuilder
-
-    @classmethod
-    def get_builder_cls(cls) -> type[XFormersMetadataBuilder]:
-        return cls.builder
-
-    @classmethod
-    def get_impl_cls(cls) -> type[MuseumImpl]:
-        return cls.impl
-
-
-# The table of faults, and how a class gets into it.
-
-
-Shows = Callable[[AttnCase], bool]
+# How a class becomes a fault.
 
 
 @dataclass(frozen=True)
-class Fault:
-    """One exhibit.
+class BackendFault(Fault):
+    """A fault planted in a backend.
 
-    name: of the backend class here. source: where it was reported. what: what it does. model:
-    "exact", or what stands in for what. shows: the cases whose answer it can change. control: it
-    changes no answer that anyone is promised, and has to pass. steps: how many the fault takes to
-    show once.
+    source: where it was reported.
+    model: "exact", or what stands in for what.
+    backend: `Plain` with the fault.
+    control: it changes no answer that anyone is promised, and has to pass.
+    steps: how many the fault takes to show once.
     """
 
-    name: str
     source: str
-    what: str
     model: str
-    shows: Shows
     backend: type[Plain]
     control: bool = False
     steps: int = 1
@@ -268,27 +107,29 @@ class Fault:
         return f"{__name__}:{self.name}"
 
 
-FAULTS: dict[str, Fault] = {}
+BACKEND_FAULTS: dict[str, BackendFault] = {}
+
+Shows = Callable[[AttnCase], bool]
 
 
 def plant(source: str, shows: Shows, model: str = EXACT, **facts: Any) -> Callable[[type], Any]:
-    """Make an op, an impl, a builder or a backend class a fault: a backend of the same name."""
+    """Make an impl, a builder or a backend class a fault: a backend of the same name.
+
+    shows: the cases whose answer the fault can change.
+    """
 
     def register(kind: type) -> type[Plain]:
         name = kind.__name__
         base, changes = Plain, {}
         if issubclass(kind, Plain):
             base = kind
-        elif issubclass(kind, MuseumImpl):
-            changes["impl"] = kind
-        elif issubclass(kind, XFormersMetadataBuilder):
-            changes["builder"] = kind
         else:
-            changes["impl"] = type(f"{name}Impl", (MuseumImpl,), {"op": kind()})
+            changes["impl" if issubclass(kind, PlainImpl) else "builder"] = kind
         what = " ".join((inspect.getdoc(kind) or "").split())
         backend = type(name, (base,), {"__doc__": what, "__module__": __name__, **changes})
-        assert name not in FAULTS, name
-        FAULTS[name] = Fault(name, source, what, model, shows, backend, **facts)
+        hidden = unless(shows, "the case has nothing that the fault changes")
+        fault = BackendFault(name, what, hidden, source, model, backend, **facts)
+        BACKEND_FAULTS[name] = enter(fault)
         return backend
 
     return register
@@ -330,15 +171,15 @@ def mixed(case: AttnCase) -> bool:
 
 
 @plant("vLLM #23969", windowed_at_decode)
-class WindowIgnoredAtDecode(PlainOp):
+class WindowIgnoredAtDecode(PlainImpl):
     """Decodes ignore the sliding window; prefills obey it."""
 
     def prepare(self, call: Call) -> Call:
-        return layered(call, sliding_window=None) if call.batch.kind == DECODE else call
+        return layered(call, sliding_window=None) if call.decodes else call
 
 
 @plant("vLLM #24358", lambda case: case.windowed)
-class WindowIgnored(PlainOp):
+class WindowIgnored(PlainImpl):
     """The sliding window is accepted, and ignored everywhere."""
 
     def prepare(self, call: Call) -> Call:
@@ -346,7 +187,7 @@ class WindowIgnored(PlainOp):
 
 
 @plant("vLLM #24358", lambda case: case.windowed, control=True)
-class WindowRefused(MuseumImpl):
+class WindowRefused(PlainImpl):
     """Sliding windows are refused when the layer is made: slow to serve, and never wrong."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -361,7 +202,7 @@ def resized(call: Call, by: int) -> Call:
 
 
 @plant("vLLM #3385", lambda case: case.windowed)
-class WindowOneKeyMore(PlainOp):
+class WindowOneKeyMore(PlainImpl):
     """A window of W attends W + 1 keys."""
 
     def prepare(self, call: Call) -> Call:
@@ -369,7 +210,7 @@ class WindowOneKeyMore(PlainOp):
 
 
 @plant("vLLM #3385", lambda case: case.windowed)
-class WindowOneKeyLess(PlainOp):
+class WindowOneKeyLess(PlainImpl):
     """A window of W attends W - 1 keys."""
 
     def prepare(self, call: Call) -> Call:
@@ -377,7 +218,7 @@ class WindowOneKeyLess(PlainOp):
 
 
 @plant("SGLang #31501, vLLM #27650", lambda case: case.windowed)
-class WindowToWholeBlocks(PlainOp):
+class WindowToWholeBlocks(PlainImpl):
     """The window only decides which blocks are read: the oldest key's block is seen whole."""
 
     def seen(self, piece: Piece, count: int) -> torch.Tensor:
@@ -394,12 +235,12 @@ class WindowToWholeBlocks(PlainOp):
     lambda case: windowed_prefill(case) and case.group > 1,
     "model of the symptom: the window's edge is taken from rows in which grouped heads are packed",
 )
-class WindowFromPackedRows(PlainOp):
+class WindowFromPackedRows(PlainImpl):
     """Grouped heads together with a window: the window's edge is another row's."""
 
     def seen(self, piece: Piece, count: int) -> torch.Tensor:
         window = piece.layer.sliding_window
-        causal = PlainOp.seen(self, _without_window(piece), count)
+        causal = PlainImpl.seen(self, _without_window(piece), count)
         if window is None:
             return causal
         edge = piece.length - piece.query_len + piece.index // piece.layer.group
@@ -419,7 +260,7 @@ def _without_window(piece: Piece) -> Piece:
     ),
     "model of the symptom: 16 keys of those left of the window",
 )
-class FirstQueryTileLeavesWindow(PlainOp):
+class FirstQueryTileLeavesWindow(PlainImpl):
     """Not causal, fewer queries than keys: the first 128 queries see keys left of the window."""
 
     def seen(self, piece: Piece, count: int) -> torch.Tensor:
@@ -433,7 +274,7 @@ class FirstQueryTileLeavesWindow(PlainOp):
 
 
 @plant("vLLM #4405", windowed_prefill)
-class FirstTileMaskedNaN(PlainOp):
+class FirstTileMaskedNaN(PlainImpl):
     """Prefill walks tiles of keys with a running maximum: a first tile that the window hides
     whole gives minus infinity minus minus infinity."""
 
@@ -442,7 +283,7 @@ class FirstTileMaskedNaN(PlainOp):
 
     def attend(self, piece: Piece, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         value = unread(logits, value)
-        if piece.decodes or piece.layer.sliding_window is None:
+        if piece.call.decodes or piece.layer.sliding_window is None:
             return super().attend(piece, logits, value)
         largest = torch.full(logits.shape[:-1], -INF)
         total = torch.zeros_like(largest)
@@ -453,8 +294,8 @@ class FirstTileMaskedNaN(PlainOp):
             total = total * rescale + p.sum(dim=-1)
             out = out * rescale[..., None] + weigh(p, values)
             largest = newest
-        if piece.call.sinks is not None:
-            total = total + torch.exp(piece.call.sinks.float()[:, None] - largest)
+        if piece.layer.sinks is not None:
+            total = total + torch.exp(piece.layer.sinks[:, None] - largest)
         return (out / total[..., None]).transpose(0, 1)
 
 
@@ -462,7 +303,7 @@ class FirstTileMaskedNaN(PlainOp):
 
 
 @plant("flash-attention #2528", grouped_prefill)
-class CausalLimitFromPackedRows(PlainOp):
+class CausalLimitFromPackedRows(PlainImpl):
     """Rows are not packed, yet their index is divided by the group: later queries see less."""
 
     def seen(self, piece: Piece, count: int) -> torch.Tensor:
@@ -474,7 +315,7 @@ class CausalLimitFromPackedRows(PlainOp):
 
 
 @plant("vLLM #945", lambda case: case.alibi and not case.sinks, control=True)
-class AlibiOffByConstant(PlainOp):
+class AlibiOffByConstant(PlainImpl):
     """ALiBi's distance is one more than it is: the same function under softmax."""
 
     def distance(self, piece: Piece, keys: torch.Tensor) -> torch.Tensor:
@@ -486,7 +327,7 @@ class AlibiOffByConstant(PlainOp):
     "flash-attention #907",
     lambda case: case.alibi and any(q < k for q, k in case.requests),
 )
-class AlibiFromQueryIndex(PlainOp):
+class AlibiFromQueryIndex(PlainImpl):
     """ALiBi counts a query's position from its first new token: wrong if there are fewer queries
     than keys."""
 
@@ -495,15 +336,15 @@ class AlibiFromQueryIndex(PlainOp):
 
 
 @plant("vLLM 0.11.2's xformers.py", lambda case: case.softcap is not None and 1 in case.query_lens)
-class SoftcapDroppedAtDecode(PlainOp):
+class SoftcapDroppedAtDecode(PlainImpl):
     """Decodes ignore the softcap."""
 
     def prepare(self, call: Call) -> Call:
-        return layered(call, softcap=None) if call.batch.kind == DECODE else call
+        return layered(call, softcap=None) if call.decodes else call
 
 
 @plant("vLLM #56578", lambda case: case.softcap is not None)
-class SoftcapByExpRatio(PlainOp):
+class SoftcapByExpRatio(PlainImpl):
     """tanh as a ratio of exponentials: infinity over infinity far above the cap."""
 
     def tanh(self, x: torch.Tensor) -> torch.Tensor:
@@ -512,20 +353,19 @@ class SoftcapByExpRatio(PlainOp):
 
 
 def unscaled(call: Call, *names: str) -> Call:
-    ones: dict[str, Any] = {name: torch.ones(1) for name in names}
-    return dataclasses.replace(call, **ones)
+    return layered(call, **{name: torch.ones(1) for name in names})
 
 
 @plant("vLLM 0.11.2's xformers.py", lambda case: case.quantized and 1 in case.query_lens)
-class ScalesDroppedAtDecode(PlainOp):
+class ScalesDroppedAtDecode(PlainImpl):
     """Decodes read a quantized cache without its scales."""
 
     def prepare(self, call: Call) -> Call:
-        return unscaled(call, "k_scale", "v_scale") if call.batch.kind == DECODE else call
+        return unscaled(call, "k_scale", "v_scale") if call.decodes else call
 
 
 @plant("vLLM #42580", lambda case: case.quantized)
-class KeyScaleDropped(PlainOp):
+class KeyScaleDropped(PlainImpl):
     """Keys are read without their scale."""
 
     def prepare(self, call: Call) -> Call:
@@ -533,7 +373,7 @@ class KeyScaleDropped(PlainOp):
 
 
 @plant("vLLM #42580", lambda case: case.quantized)
-class ValueScaleDropped(PlainOp):
+class ValueScaleDropped(PlainImpl):
     """Values are read without their scale."""
 
     def prepare(self, call: Call) -> Call:
@@ -544,14 +384,12 @@ class ValueScaleDropped(PlainOp):
     "vLLM #53754",
     lambda case: case.quantized,
 )
-class QueryScaleAppliedTwice(MuseumImpl):
+class QueryScaleAppliedTwice(PlainImpl):
     """Queries come quantized, and their scale is applied twice."""
 
     supports_quant_query_input = True
 
-    def forward(
-        self, layer: AttentionLayer, query: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def forward(self, layer: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if query.itemsize == 1:
             output = args[4] if len(args) > 4 else kwargs["output"]
             query = (query.float() * layer._q_scale * layer._q_scale).to(output.dtype)
@@ -563,12 +401,12 @@ class QueryScaleAppliedTwice(MuseumImpl):
     lambda case: case.paged and any(q > 1 and k % 8 for q, k in case.requests),
     "model of a mask cut for more keys than there are: for their number rounded up to 8",
 )
-class MaskLongerThanKeys(PlainOp):
+class MaskLongerThanKeys(PlainImpl):
     """Prefill's mask is longer than the keys and aligned at its own end: queries see keys that
     come after them, and what lies past the last."""
 
     def read(self, piece: Piece, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        longer = piece.paged and not piece.decodes
+        longer = piece.paged and not piece.call.decodes
         return super().read(piece, -(-count // 8) * 8 if longer else count)
 
     def seen(self, piece: Piece, count: int) -> torch.Tensor:
@@ -576,42 +414,39 @@ class MaskLongerThanKeys(PlainOp):
 
 
 @plant("vLLM #29134", lambda case: case.drafts > 0 and case.attention == "decoder")
-class HostsLengthsTaken(PlainOp):
+class HostsLengthsTaken(PlainImpl):
     """Where drafts are verified, requests have the keys that the host supposes: those of rejected
     drafts too."""
 
     def prepare(self, call: Call) -> Call:
-        known = call.phase.seq_lens_cpu
-        if known is None:
-            return call
-        phase = dataclasses.replace(call.phase, seq_lens=known)
-        return dataclasses.replace(call, phase=phase)
+        known = call.host_lens
+        return call if known is None else dataclasses.replace(call, seq_lens=known)
 
 
 # Extreme logits and empty states.
 
 
 @plant("FlashInfer #4401", lambda case: case.logits == "extreme" and case.softcap is None)
-class FiniteMinusInfinity(PlainOp):
+class FiniteMinusInfinity(PlainImpl):
     """The running maximum of the raw products starts at -5e4: all below it underflow to zero."""
 
     def attend(self, piece: Piece, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        largest = logits.amax(dim=-1, keepdim=True).clamp(min=-5e4 * piece.call.scale)
+        largest = logits.amax(dim=-1, keepdim=True).clamp(min=-5e4 * piece.layer.scale)
         weights = torch.exp(logits - largest)
         total = weights.sum(dim=-1, keepdim=True)
-        if piece.call.sinks is not None:
-            total = total + torch.exp(piece.call.sinks.float()[:, None, None] - largest)
+        if piece.layer.sinks is not None:
+            total = total + torch.exp(piece.layer.sinks[:, None, None] - largest)
         out = weigh(weights, value) / total.clamp(min=1e-30)
         return out.transpose(0, 1)
 
 
 @plant("FlashInfer #4401", every, control=True)
-class RowWithoutKeysNaN(PlainOp):
+class RowWithoutKeysNaN(PlainImpl):
     """A query that sees no key gives NaN. No batch of vLLM's V1 has one: a window holds the
     query's own key, and no request has more queries than keys."""
 
     def attend(self, piece: Piece, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        lse = with_sinks(piece.call, logits.logsumexp(dim=-1))
+        lse = with_sinks(piece.layer, logits.logsumexp(dim=-1))
         return weigh(torch.exp(logits - lse[..., None]), value).transpose(0, 1)
 
 
@@ -619,7 +454,7 @@ class RowWithoutKeysNaN(PlainOp):
     "FlashInfer #3716",
     lambda case: case.attention in ("noncausal", "cross") and 1 in case.query_lens,
 )
-class PaddedLanesCounted(PlainOp):
+class PaddedLanesCounted(PlainImpl):
     """Decode that is not causal: lanes up to the tile's end, 256 keys, count in the denominator
     with a logit of zero."""
 
@@ -635,7 +470,7 @@ class PaddedLanesCounted(PlainOp):
 
 
 @plant("vLLM #30887", lambda case: case.windowed)
-class ValuesBeforeWindowRead(PlainOp):
+class ValuesBeforeWindowRead(PlainImpl):
     """Values wholly before the window are read, and weighed by zero: NaN there leaks."""
 
     def span(self, seen: torch.Tensor) -> slice:
@@ -643,7 +478,7 @@ class ValuesBeforeWindowRead(PlainOp):
 
 
 @plant("flash-attention #1745, #2374", lambda case: case.tailed)
-class TailValuesWeighedByZero(PlainOp):
+class TailValuesWeighedByZero(PlainImpl):
     """The last block's slots after the last key are read, and their values weighed by zero."""
 
     def read(self, piece: Piece, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -659,7 +494,7 @@ class TailValuesWeighedByZero(PlainOp):
     lambda case: case.tailed,
     "model of: the mask is added to the logits, which does not hide NaN",
 )
-class TailKeysMaskedByAddition(PlainOp):
+class TailKeysMaskedByAddition(PlainImpl):
     """An unfilled last page's keys are masked by adding minus infinity: NaN there leaks."""
 
     def read(self, piece: Piece, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -681,7 +516,7 @@ class TailKeysMaskedByAddition(PlainOp):
     lambda case: case.paged,
     "exact; that it faults stands for an illegal memory access",
 )
-class StaleTableEntryFollowed(PlainOp):
+class StaleTableEntryFollowed(PlainImpl):
     """The table's entry after a request's last is followed, and what is read there dropped."""
 
     def read(self, piece: Piece, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -695,12 +530,12 @@ class StaleTableEntryFollowed(PlainOp):
     lambda case: case.paged,
     "model of: past the table's allocation a read faults, where a GPU's often does not",
 )
-class TableReadPastItsEnd(PlainOp):
+class TableReadPastItsEnd(PlainImpl):
     """Table entries are read 32 at a time, without a look at the row's end."""
 
     def read(self, piece: Piece, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         if piece.paged:
-            table = piece.call.phase.block_table
+            table = piece.call.block_table
             lanes = -(-len(piece.blocks(count)) // 32) * 32
             allocated = table.untyped_storage().nbytes() // table.itemsize
             flat = table.as_strided((allocated,), (1,), 0)
@@ -713,13 +548,13 @@ class TableReadPastItsEnd(PlainOp):
     lambda case: case.paged,
     "model of: what the table names past the last block is read, and weighed by zero",
 )
-class SplitReadsPastTheEnd(SplitOp):
+class SplitReadsPastTheEnd(SplitImpl):
     """The last split is read to its whole size, past the last block of the request."""
 
     def read(self, piece: Piece, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         if not piece.paged:
             return super().read(piece, count)
-        held = piece.call.phase.block_table.shape[1] * piece.block_size
+        held = piece.call.block_table.shape[1] * piece.block_size
         return super().read(piece, min(-(-(count + 1) // SPLIT) * SPLIT, held))
 
     def span(self, seen: torch.Tensor) -> slice:
@@ -748,10 +583,7 @@ def offsets_wrapped(piece: Piece, count: int, bits: int) -> list[torch.Tensor]:
 
 def dequantized(piece: Piece, found: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     key, value = found
-    if piece.layer.quantized:
-        assert piece.call.k_scale is not None and piece.call.v_scale is not None
-        return key * piece.call.k_scale, value * piece.call.v_scale
-    return key, value
+    return key * piece.layer.k_scale, value * piece.layer.v_scale
 
 
 @plant(
@@ -759,7 +591,7 @@ def dequantized(piece: Piece, found: list[torch.Tensor]) -> tuple[torch.Tensor, 
     lambda case: case.paged,
     "model of int32: 16 bits, which the suite's caches pass",
 )
-class BlockOffsetIn16Bits(PlainOp):
+class BlockOffsetIn16Bits(PlainImpl):
     """Block times stride overflows: blocks far into the cache are read elsewhere."""
 
     def read(self, piece: Piece, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -769,7 +601,7 @@ class BlockOffsetIn16Bits(PlainOp):
 
 
 @plant("vLLM #50427, #47671, flash-attention #772", lambda case: case.paged)
-class BlockOffsetIn32Bits(PlainOp):
+class BlockOffsetIn32Bits(PlainImpl):
     """Block times stride overflows int32: blocks far into the cache are read elsewhere."""
 
     def read(self, piece: Piece, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -779,7 +611,7 @@ class BlockOffsetIn32Bits(PlainOp):
 
 
 @plant("aiter #3498, vLLM #47056", lambda case: case.paged and case.kv_layout[0] == "B")
-class ContiguousBlocksAssumed(PlainOp):
+class ContiguousBlocksAssumed(PlainImpl):
     """The stride from block to block is taken to be a block's size, as if there were one layer."""
 
     def prepare(self, call: Call) -> Call:
@@ -793,7 +625,7 @@ class ContiguousBlocksAssumed(PlainOp):
 
 
 @plant("vLLM #30915", lambda case: case.shared_prefix)
-class RepeatedBlockLost(PlainOp):
+class RepeatedBlockLost(PlainImpl):
     """Each physical block stands for one place in a sequence, the last that names it: of a block
     that a row names twice, the first place is lost."""
 
@@ -808,7 +640,7 @@ class RepeatedBlockLost(PlainOp):
 
 
 @plant("PyTorch #182593", lambda case: case.paged)
-class SummedInBlockOrder(PlainOp):
+class SummedInBlockOrder(PlainImpl):
     """Keys are summed in the order of their blocks in memory: the same answer, other bits."""
 
     def span(self, seen: torch.Tensor) -> slice:
@@ -825,7 +657,7 @@ class SummedInBlockOrder(PlainOp):
 
 
 @plant("FlashInfer #4347", lambda case: case.paged and case.block_size > 128)
-class PageOffsetIn7Bits(PlainOp):
+class PageOffsetIn7Bits(PlainImpl):
     """A key's place in its page is taken modulo 128: pages over 128 repeat their first half."""
 
     def prepare(self, call: Call) -> Call:
@@ -851,12 +683,12 @@ class NeverStores(Plain):
 
 
 @plant("vLLM #23424", lambda case: case.group > 16)
-class DivisionByZeroAbove16(PlainOp):
+class DivisionByZeroAbove16(PlainImpl):
     """Rows of 16 hold 16 // group queries each: none for more heads to one than 16."""
 
     def prepare(self, call: Call) -> Call:
         rows = 16 // call.layer.group
-        assert -(-call.batch.max_query_len // rows) > 0
+        assert -(-len(call.query) // rows) > 0
         return call
 
 
@@ -865,26 +697,17 @@ class DivisionByZeroAbove16(PlainOp):
     mixed,
     "model of: the slice of the batch that prefills' tables come from starts at the decodes",
 )
-class PhasesSwapped(MuseumImpl):
+class PhasesSwapped(PlainImpl):
     """In a mixed batch prefills read the blocks of the requests that decode."""
 
-    def forward(
-        self,
-        layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: XFormersMetadata,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        if attn_metadata is not None and len(attn_metadata.phases) == 2:
-            decode, prefill = attn_metadata.phases
-            table = attn_metadata.block_table[: prefill.batch.num_reqs]
-            wrong = dataclasses.replace(prefill, block_table=table, plans={})
-            attn_metadata = dataclasses.replace(attn_metadata, _phases=[decode, wrong])
-        return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+    def calls(self, *args: Any) -> list[Call]:
+        calls = super().calls(*args)
+        if len(calls) < 2:
+            return calls
+        decode, prefill = calls
+        metadata: PlainMetadata = args[5]
+        table = metadata.block_table[: len(prefill.seq_lens)]
+        return [decode, dataclasses.replace(prefill, block_table=table)]
 
 
 @plant(
@@ -892,7 +715,7 @@ class PhasesSwapped(MuseumImpl):
     lambda case: case.quantized and case.windowed and 8 in case.query_lens,
     "model of: one row of one head, the one whose largest weight is largest, misses that key",
 )
-class OneRowOfOneHead(PlainOp):
+class OneRowOfOneHead(PlainImpl):
     """8 queries, a quantized cache and a window: one (row, head) is wrong, by the data which."""
 
     def attend(self, piece: Piece, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -906,11 +729,11 @@ class OneRowOfOneHead(PlainOp):
 
 
 @plant("seen with FlashInfer 0.6.14 on an H100", lambda case: case.head_size == 80)
-class Head80Crashes(PlainOp):
+class Head80Crashes(PlainImpl):
     """Decodes of head size 80 are an illegal instruction."""
 
     def prepare(self, call: Call) -> Call:
-        if call.batch.kind == DECODE and call.layer.head_size == 80:
+        if call.decodes and call.layer.head_size == 80:
             raise RuntimeError("CUDA error: an illegal instruction was encountered")
         return call
 
@@ -919,11 +742,11 @@ class Head80Crashes(PlainOp):
     "seen with xFormers 0.0.35",
     lambda case: sum(q == 1 for q in case.query_lens) > 32,
 )
-class NoOpAbove32Decodes(PlainOp):
+class NoOpAbove32Decodes(PlainImpl):
     """The layer is accepted; then a step of more than 32 decodes finds no operator."""
 
     def prepare(self, call: Call) -> Call:
-        if call.batch.kind == DECODE and call.batch.num_reqs > 32:
+        if call.decodes and len(call.seq_lens) > 32:
             raise NotImplementedError("No operator found for `memory_efficient_attention_forward`")
         return call
 
@@ -932,7 +755,7 @@ class NoOpAbove32Decodes(PlainOp):
 
 
 @plant("none: the same function in splits", every, control=True)
-class Split(SplitOp):
+class Split(SplitImpl):
     """Splits of the keys, merged as they should be."""
 
 
@@ -941,7 +764,7 @@ class Split(SplitOp):
     lambda case: split(case) and case.group > 1 and case.num_kv_heads > 1,
     "model of: the LSE that is laid out wrong is what the splits are merged by",
 )
-class SplitLseTransposed(SplitOp):
+class SplitLseTransposed(SplitImpl):
     """Splits' LSEs are written by (head in its group, KV head) and read the other way round."""
 
     def laid_out(self, piece: Piece, lses: torch.Tensor) -> torch.Tensor:
@@ -951,7 +774,7 @@ class SplitLseTransposed(SplitOp):
 
 
 @plant("FlashInfer #58", split, "model of: splits' LSEs are logarithms of base 2, read as natural")
-class SplitLseBase2(SplitOp):
+class SplitLseBase2(SplitImpl):
     """Once the keys are split, LSEs are wrong."""
 
     def laid_out(self, piece: Piece, lses: torch.Tensor) -> torch.Tensor:
@@ -959,12 +782,12 @@ class SplitLseBase2(SplitOp):
 
 
 @plant("FlashInfer #4051", lambda case: len(set(case.seq_lens)) > 1)
-class EmptyStatesMergedToNaN(SplitOp):
+class EmptyStatesMergedToNaN(SplitImpl):
     """The batch's longest request decides the 4 splits; of a shorter one's the last are empty,
     and two empty ones merge to NaN."""
 
     def splits(self, piece: Piece, value: torch.Tensor) -> list[slice]:
-        size = max(-(-piece.call.batch.max_seq_len // 4), 1)
+        size = max(-(-piece.call.max_seq_len // 4), 1)
         return [slice(at * size, (at + 1) * size) for at in range(4)]
 
     def merge(self, parts: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -988,7 +811,7 @@ class EmptyStatesMergedToNaN(SplitOp):
         windowed_at_decode(case) and max(case.seq_lens) > (case.sliding_window or 0) + SPLIT
     ),
 )
-class LongMaskedPrefixNaN(SplitOp):
+class LongMaskedPrefixNaN(SplitImpl):
     """A split that the mask hides whole has no maximum to subtract: NaN."""
 
     def span(self, seen: torch.Tensor) -> slice:
@@ -998,7 +821,7 @@ class LongMaskedPrefixNaN(SplitOp):
         return super().attend(piece, logits, unread(logits, value))
 
     def split_lse(self, piece: Piece, logits: torch.Tensor) -> torch.Tensor:
-        if not piece.decodes:
+        if not piece.call.decodes:
             return super().split_lse(piece, logits)
         largest = logits.amax(dim=-1, keepdim=True)
         return largest[..., 0] + torch.exp(logits - largest).sum(dim=-1).log()
@@ -1009,11 +832,11 @@ class LongMaskedPrefixNaN(SplitOp):
     lambda case: 1 in case.query_lens and max(case.seq_lens) > 20000,
     "model of a miscompiled reducer: past 20,000 keys it takes each split's neighbour's LSE",
 )
-class ReducerBreaksAt20kKeys(SplitOp):
+class ReducerBreaksAt20kKeys(SplitImpl):
     """Decodes of more than 20,000 keys are merged wrong."""
 
     def laid_out(self, piece: Piece, lses: torch.Tensor) -> torch.Tensor:
-        return lses.roll(1, dims=0) if piece.decodes and piece.length > 20000 else lses
+        return lses.roll(1, dims=0) if piece.call.decodes and piece.length > 20000 else lses
 
 
 @plant(
@@ -1022,16 +845,15 @@ class ReducerBreaksAt20kKeys(SplitOp):
     "model of a race: every 100th step, so that it can be repeated",
     steps=100,
 )
-class NaNOnceInAHundredSteps(PlainOp):
+class NaNOnceInAHundredSteps(PlainImpl):
     """About 1 % of steps give NaN, whatever the input."""
 
-    def __init__(self) -> None:
-        self.steps = 0
+    # Of all layers together: each test makes a new one.
+    steps: ClassVar["itertools.count[int]"] = itertools.count(1)
 
     def run(self, call: Call) -> None:
         super().run(call)
-        self.steps += 1
-        if self.steps % 100 == 0:
+        if next(self.steps) % 100 == 0:
             call.out[0] = float("nan")
 
 
@@ -1042,13 +864,11 @@ class NaNOnceInAHundredSteps(PlainOp):
     "none: an op's buffers cleared for all rows it is given",
     lambda case: case.pad_tokens > 0 and not case.pad_reqs,
 )
-class PaddingRowsCleared(MuseumImpl):
+class PaddingRowsCleared(PlainImpl):
     """The output's rows past the batch's tokens are set to zero: they belong to nobody, and a
     graph's other kernels may have filled them."""
 
-    def forward(
-        self, layer: AttentionLayer, query: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def forward(self, layer: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         output: torch.Tensor = kwargs["output"]
         super().forward(layer, query, *args, **kwargs)
         output[args[3].num_actual_tokens :] = 0.0
@@ -1060,7 +880,7 @@ class PaddingRowsCleared(MuseumImpl):
     lambda case: case.causal and max(case.query_lens) > 1 and case.dtype != "fp16",
     "model of a finite minus infinity: 40 below the largest logit, a weight of 4e-18",
 )
-class FutureWeighedByLittle(PlainOp):
+class FutureWeighedByLittle(PlainImpl):
     """Keys ahead of a query are masked by a finite number: a little of them is seen."""
 
     def mask(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
@@ -1073,12 +893,12 @@ class FutureWeighedByLittle(PlainOp):
     "none: tails cleared, so that no NaN lies there to be read",
     lambda case: case.tailed and not case.kv_sharing and case.attention == "decoder",
 )
-class TailCleared(MuseumImpl):
+class TailCleared(PlainImpl):
     """What follows a new token in its block is set to zero, though it belongs to nobody yet."""
 
     def do_kv_cache_update(
         self,
-        layer: AttentionLayer,
+        layer: Any,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -1090,28 +910,12 @@ class TailCleared(MuseumImpl):
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
 
 
-class RememberingImpl(MuseumImpl):
+class RememberingImpl(PlainImpl):
     """An impl that keeps something from step to step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.kept: dict[Any, Any] = {}
-
-    def _run(self, facts: Layer, phase: Phase, *args: Any) -> None:
-        super()._run(facts, self.remembered(phase), *args)
-
-    def remembered(self, phase: Phase) -> Phase:
-        """The phase, with what is left of an earlier one."""
-        return phase
-
-
-class BackwardsOp(PlainOp):
-    """Sums the keys from the last to the first, where a plan says so."""
-
-    def attend(self, piece: Piece, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        if piece.call.phase.plans["warm"]:
-            logits, value = logits.flip(-1), value.flip(0)
-        return super().attend(piece, logits, value)
 
 
 @plant(
@@ -1123,14 +927,17 @@ class WarmPlanCutsOtherwise(RememberingImpl):
     """A second step over the very same block table takes a plan that is kept by its address, and
     that cuts the keys otherwise: the same answer, other bits."""
 
-    op = BackwardsOp()
+    def prepare(self, call: Call) -> Call:
+        # The table is kept, so that no other one gets its address.
+        key = (call.block_table.data_ptr(), call.decodes)
+        self.warm = key in self.kept
+        self.kept[key] = call.block_table
+        return call
 
-    def remembered(self, phase: Phase) -> Phase:
-        # Held on to, so that no other table gets the address.
-        key = (phase.block_table.data_ptr(), phase.batch.kind)
-        phase.plans["warm"] = key in self.kept
-        self.kept[key] = phase.block_table
-        return phase
+    def attend(self, piece: Piece, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if self.warm:
+            logits, value = logits.flip(-1), value.flip(0)
+        return super().attend(piece, logits, value)
 
 
 @plant(
@@ -1141,10 +948,10 @@ class PlanKeptWhereOrderDiffers(RememberingImpl):
     """The requests' numbers of keys are kept from step to step, by how many there are, of how many
     tokens, and the longest: the same requests in another order get each other's."""
 
-    def remembered(self, phase: Phase) -> Phase:
-        key = (phase.batch, phase.rows.stop)
-        self.kept.setdefault(key, phase.seq_lens)
-        return dataclasses.replace(phase, seq_lens=self.kept[key])
+    def prepare(self, call: Call) -> Call:
+        starts = call.query_start_loc
+        key = (call.decodes, len(call.seq_lens), int(starts[-1] - starts[0]), call.max_seq_len)
+        return dataclasses.replace(call, seq_lens=self.kept.setdefault(key, call.seq_lens))
 
 
 @plant(
@@ -1155,26 +962,14 @@ class LargerBatchLeftBehind(RememberingImpl):
     """The last request's number of keys is read one too far in a buffer that an earlier step has
     filled further."""
 
-    def remembered(self, phase: Phase) -> Phase:
-        lens = phase.seq_lens
-        before = self.kept.get(phase.batch.kind, lens)
-        self.kept[phase.batch.kind] = torch.cat([lens, before[len(lens) :]])
+    def prepare(self, call: Call) -> Call:
+        lens = call.seq_lens
+        before = self.kept.get(call.decodes, lens)
+        self.kept[call.decodes] = torch.cat([lens, before[len(lens) :]])
         late = before[len(lens) : len(lens) + 1]
         if late.numel():
             lens = torch.cat([lens[:-1], late])
-        return dataclasses.replace(phase, seq_lens=lens)
-
-
-class GatheringOp(PlainOp):
-    """Keeps what it gathers, by the blocks it is from."""
-
-    def read(self, piece: Piece, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if not piece.paged:
-            return super().read(piece, count)
-        ids = tuple(piece.blocks(count).tolist())
-        whole = super().read(piece, len(ids) * piece.block_size)
-        key, value = piece.call.phase.plans["gathered"].setdefault(ids, whole)
-        return key[:count], value[:count]
+        return dataclasses.replace(call, seq_lens=lens)
 
 
 @plant(
@@ -1185,29 +980,30 @@ class GatheredKeysKeptByBlocks(RememberingImpl):
     """Keys and values are gathered once for the blocks that hold them: what a later step adds to
     the last block is not seen."""
 
-    op = GatheringOp()
-
-    def remembered(self, phase: Phase) -> Phase:
-        phase.plans["gathered"] = self.kept
-        return phase
+    def read(self, piece: Piece, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if not piece.paged:
+            return super().read(piece, count)
+        ids = tuple(piece.blocks(count).tolist())
+        whole = super().read(piece, len(ids) * piece.block_size)
+        key, value = self.kept.setdefault(ids, whole)
+        return key[:count], value[:count]
 
 
 def captured(case: AttnCase) -> bool:
     return case.kind == "decode" and case.attention == "decoder" and min(case.seq_lens) > 1
 
 
-class LensBuilder(XFormersMetadataBuilder):
+class LensBuilder(PlainBuilder):
     """A builder that tells a step's lengths in a tensor of its own."""
 
-    def build(self, *args: Any, **kwargs: Any) -> XFormersMetadata:
+    def build(self, *args: Any, **kwargs: Any) -> PlainMetadata:
         metadata = super().build(*args, **kwargs)
-        lens = self.lens(metadata)
-        metadata.whole = dataclasses.replace(metadata.whole, seq_lens=lens)
+        metadata.seq_lens = self.lens(metadata)
         return metadata
 
-    def lens(self, metadata: XFormersMetadata) -> torch.Tensor:
+    def lens(self, metadata: PlainMetadata) -> torch.Tensor:
         """[num_reqs] int32."""
-        return metadata.whole.seq_lens.clone()
+        return metadata.seq_lens[: metadata.num_reqs].clone()
 
 
 @plant("vLLM #42444", captured, "model of a plan: the lengths that a step's metadata is built with")
@@ -1224,7 +1020,7 @@ class KernelChosenByLongest(LensBuilder):
         super().__init__(*args, **kwargs)
         self.kept = torch.zeros(2, 1024, dtype=torch.int32, device=self.device)
 
-    def lens(self, metadata: XFormersMetadata) -> torch.Tensor:
-        lens = self.kept[int(metadata.max_seq_len > 32768), : metadata.whole.batch.num_reqs]
-        lens.copy_(metadata.whole.seq_lens)
+    def lens(self, metadata: PlainMetadata) -> torch.Tensor:
+        lens = self.kept[int(metadata.max_seq_len > 32768), : metadata.num_reqs]
+        lens.copy_(metadata.seq_lens[: metadata.num_reqs])
         return lens

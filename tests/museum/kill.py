@@ -1,4 +1,4 @@
-"""Which of the museum's faults the suite's own tests notice, and how soon.
+"""Which of the museum's faulty backends the suite's own tests notice, and how soon.
 
     python -m tests.museum.kill --json docs/results/museum.json
 
@@ -38,7 +38,8 @@ from tests.harness.promises import Promise, promises_in  # noqa: E402
 from tests.harness.provenance import environment  # noqa: E402
 from tests.harness.trial import Trial, case_inputs  # noqa: E402
 from tests.harness.verdicts import Refused, Verdict  # noqa: E402
-from tests.museum.faults import FAULTS, Fault, Plain  # noqa: E402
+from tests.museum.faults import BACKEND_FAULTS, BackendFault  # noqa: E402
+from tests.museum.plain import Plain  # noqa: E402
 
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "museum.json"
@@ -125,7 +126,7 @@ def sound(kind: str, case: AttnCase) -> bool:
     return attempt(Plain, kind, case).outcome == PASSED
 
 
-def telling_rows(fault: Fault) -> list[Row]:
+def telling_rows(fault: BackendFault) -> list[Row]:
     """The rows that can tell a fault: by tier, rows of their own before those that are there to
     cover combinations, the lightest first."""
     covering = {case.id for tier in ("cpu", "gpu") for case in covering_cases(tier)}
@@ -134,7 +135,7 @@ def telling_rows(fault: Fault) -> list[Row]:
     return found
 
 
-def attempts(fault: Fault, tries: int) -> Iterator[tuple[Row, Attempt]]:
+def attempts(fault: BackendFault, tries: int) -> Iterator[tuple[Row, Attempt]]:
     """Each test of the first so many rows that can tell a fault, in the tier they are in."""
     candidate = load_candidate(fault.candidate)
     for row in telling_rows(fault)[:tries]:
@@ -143,7 +144,7 @@ def attempts(fault: Fault, tries: int) -> Iterator[tuple[Row, Attempt]]:
                 yield row, attempt(candidate, kind, row.case, fault.steps)
 
 
-def examine(fault: Fault, tries: int = TRIES) -> Exhibit:
+def examine(fault: BackendFault, tries: int = TRIES) -> Exhibit:
     """Try a fault until a test notices it.
 
     Raises:
@@ -213,10 +214,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tries", type=int, default=TRIES, help="cases to a fault (%(default)s)")
     parser.add_argument("names", nargs="*", metavar="FAULT", help="these alone")
     options = parser.parse_args(arguments)
-    if unknown := [name for name in options.names if name not in FAULTS]:
-        parser.error(f"no fault {', '.join(unknown)}: expected among {', '.join(FAULTS)}")
+    if unknown := [name for name in options.names if name not in BACKEND_FAULTS]:
+        parser.error(f"no fault {', '.join(unknown)}: expected among {', '.join(BACKEND_FAULTS)}")
     start = time.perf_counter()
-    chosen = [fault for fault in FAULTS.values() if fault.name in (options.names or FAULTS)]
+    chosen = [
+        BACKEND_FAULTS[name] for name in BACKEND_FAULTS if name in (options.names or BACKEND_FAULTS)
+    ]
     exhibits = [examine(fault, options.tries) for fault in chosen]
     content = report(exhibits, time.perf_counter() - start)
     print("\n".join(table(exhibits)))

@@ -229,7 +229,7 @@ def put_in_place(mutant: Mutant, folder: Path) -> None:
 
     The source lies in a file, because Triton reads its kernels' from there.
     """
-    stale = ("xfv1", "reference.lowprec", "tests.museum.faults", "tests.museum.twins")
+    stale = ("xfv1", "reference.lowprec", "tests.museum.twins")
     for name in list(sys.modules):
         if any(name == top or name.startswith(f"{top}.") for top in stale):
             del sys.modules[name]

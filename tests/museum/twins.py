@@ -1,42 +1,53 @@
 """Thin backends around code that no backend reaches on a CPU, to put it through the suite."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from reference.lowprec import attend_lowprec
-from tests.museum.faults import INF, MuseumImpl, Plain, PlainOp, exp_minus, pieces, unread, weigh
-from xfv1.ops.base import Call, Layer, Op
+from tests.museum.faults import unread
+from tests.museum.plain import INF, Call, Plain, PlainImpl, exp_minus, pieces, weigh
+from xfv1.backend import XFormersAttentionBackend
+from xfv1.impl import XFormersImpl
+from xfv1.ops import base
+from xfv1.ops.torch_cpu import TorchCpu
 from xfv1.ops.xformers.gather import contiguous_bias, contiguous_kv
 from xfv1.ops.xformers.gather import pieces as pieces_of
 from xfv1.phase import DECODE, ENCODER
 
 
-class _LowprecOp(PlainOp):
+class _LowprecImpl(PlainImpl):
     """`reference.lowprec` request by request."""
 
     def run(self, call: Call) -> None:
-        layer = call.layer
+        layer, dtype = call.layer, call.out.dtype
         for piece in pieces(call):
             key, value = self.read(piece, piece.length)
             call.out[piece.rows], _ = attend_lowprec(
                 call.query[piece.rows],
-                key.to(layer.dtype),
-                value.to(layer.dtype),
-                scale=call.scale,
+                key.to(dtype),
+                value.to(dtype),
+                scale=layer.scale,
                 causal=layer.causal,
                 sliding_window=layer.sliding_window,
-                alibi_slopes=call.alibi_slopes,
+                alibi_slopes=layer.alibi_slopes,
                 alibi_sqrt=layer.alibi_sqrt,
                 softcap=layer.softcap,
-                sinks=call.sinks,
+                sinks=layer.sinks,
             )
 
 
-class GatheredOp(PlainOp):
+class Lowprec(Plain):
+    impl = _LowprecImpl
+
+
+class GatheredOp(TorchCpu):
     """Prefills as xFormers' ops get them: keys by `contiguous_kv`, a mask by `contiguous_bias`."""
 
-    def run(self, call: Call) -> None:
+    # It is given decodes and prefills apart, as xFormers' ops are.
+    ragged = False
+
+    def run(self, call: base.Call) -> None:
         batch = call.batch
         if batch.kind == DECODE or not (batch.host_lens or batch.fresh or batch.kind == ENCODER):
             super().run(call)
@@ -44,7 +55,7 @@ class GatheredOp(PlainOp):
         for piece in pieces_of(call):
             self.answer(piece)
 
-    def answer(self, call: Call) -> None:
+    def answer(self, call: base.Call) -> None:
         layer = call.layer
         key, value = (x.float() for x in contiguous_kv(call))
         rows = call.phase.num_tokens
@@ -58,27 +69,24 @@ class GatheredOp(PlainOp):
         call.out[:rows] = weigh(weights, value).transpose(0, 1).to(call.out.dtype)
 
 
-class _LowprecImpl(MuseumImpl):
-    op = _LowprecOp()
+class _GatheredImpl(XFormersImpl):
+    """xfv1's impl with one op, but for what xFormers' ops do not serve."""
 
-
-class _GatheredImpl(MuseumImpl):
-    op = GatheredOp()
+    op: ClassVar[base.Op] = GatheredOp()
+    other_op: ClassVar[base.Op] = TorchCpu()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.logits_soft_cap or self.alibi_slopes is not None or self.sinks is not None:
             raise NotImplementedError("no softcap, ALiBi or sinks, as xFormers' ops")
 
-    def _op(self, facts: Layer, *args: Any) -> Op:
+    def _op(self, facts: base.Layer, *args: Any) -> base.Op:
         """As xFormers' ops, without windows where there is no causality."""
         plain = facts.sliding_window is not None and not facts.causal
-        return MuseumImpl.op if plain else self.op
+        return self.other_op if plain else self.op
 
 
-class Lowprec(Plain):
-    impl = _LowprecImpl
-
-
-class Gathered(Plain):
-    impl = _GatheredImpl
+class Gathered(XFormersAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[XFormersImpl]:
+        return _GatheredImpl

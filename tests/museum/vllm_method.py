@@ -23,7 +23,6 @@ prepare()
 
 import torch  # noqa: E402
 
-import xfv1  # noqa: E402
 from fixtures.cases import AttnCase  # noqa: E402
 from fixtures.cases.tables import VLLM_SCENARIOS  # noqa: E402
 from fixtures.inputs import AttnInputs, build_inputs  # noqa: E402
@@ -33,7 +32,7 @@ from tests.harness.loading import load_candidate  # noqa: E402
 from tests.harness.provenance import environment  # noqa: E402
 from tests.harness.truth import expected, written_cache  # noqa: E402
 from tests.harness.verdicts import Mismatch, Refused  # noqa: E402
-from tests.museum.faults import FAULTS, Fault  # noqa: E402
+from tests.museum.faults import BACKEND_FAULTS, BackendFault  # noqa: E402
 
 CPU = torch.device("cpu")
 # That test's own: rtol and atol of torch.allclose.
@@ -83,7 +82,7 @@ def plain_inputs(case: AttnCase) -> AttnInputs:
     return dataclasses.replace(plain, cache=shared, storage=shared_storage)
 
 
-def notices(fault: Fault, batches: list[AttnInputs], truths: list[torch.Tensor]) -> Seen:
+def notices(fault: BackendFault, batches: list[AttnInputs], truths: list[torch.Tensor]) -> Seen:
     """Run a fault through every case until one differs by more than the tolerance."""
     candidate = load_candidate(fault.candidate)
     for inputs, truth in zip(batches, truths, strict=True):
@@ -106,11 +105,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="the museum by the method of vLLM's own test")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    xfv1.register()
     torch.set_num_threads(1)
     batches = [plain_inputs(case) for case in CASES]
     truths = [expected(inputs).output for inputs in batches]
-    found = [notices(fault, batches, truths) for fault in FAULTS.values()]
+    found = [notices(fault, batches, truths) for fault in BACKEND_FAULTS.values()]
     faults = [seen for seen in found if not seen.control]
     caught = sum(seen.noticed for seen in faults)
     for seen in found:

@@ -12,7 +12,7 @@ from fixtures.cases import DTYPES, AttnCase
 from fixtures.inputs.build import Q_SCALE, AttnInputs, build_inputs
 from fixtures.inputs.draw import TORCH_DTYPES
 from reference.lowprec import attend_lowprec
-from tests.harness.perturb import worst_share
+from tests.harness.budget import worst_share
 from tests.harness.samples import SAMPLES, mixed
 from tests.harness.truth import Expected, expected, requests, semantics, written_cache
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = sorted((ROOT / "reference").rglob("*.py"))
 FIXTURES = sorted((ROOT / "fixtures").rglob("*.py"))
 XFV1 = sorted((ROOT / "xfv1").rglob("*.py"))
+PLAIN = ROOT / "tests" / "museum" / "plain.py"
 
 
 def _name(path: Path) -> str:
@@ -45,6 +46,10 @@ def test_the_reference_imports_torch_and_the_standard_library_alone(path: Path) 
 @pytest.mark.parametrize("path", XFV1, ids=_name)
 def test_the_backend_imports_nothing_of_the_suite(path: Path) -> None:
     assert not set(_imports(path)) & {"reference", "fixtures", "tests"}
+
+
+def test_the_plain_backend_imports_neither_the_reference_nor_xfv1() -> None:
+    assert set(_imports(PLAIN)) <= {"torch", "vllm", *sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("path", FIXTURES, ids=_name)
