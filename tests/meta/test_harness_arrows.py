@@ -13,9 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 HARNESS = "tests.harness"
 # A module imports modules of lower floors alone; the lowest floor is the first.
 FLOORS: tuple[set[str], ...] = (
+    {"wording"},
     # About a process, a run or a file.
     {"environment", "ledger", "output", "provenance", "rocm", "samples"}
-    | {"settings", "summary", "watchdog", "wording"},
+    | {"settings", "summary", "watchdog"},
     # The words that the other floors have in common.
     {"loading", "promises", "verdicts"},
     {"batch", "budget", "memory", "record"},

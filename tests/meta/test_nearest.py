@@ -1,6 +1,7 @@
 """A mismatch names the planted fault whose answer the candidate gave, and no other."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.harness.compare import check_output
 from tests.harness.driver import drive
 from tests.harness.truth import Expected, expected
 from tests.harness.verdicts import Mismatch, Outcome
+from tests.meta.runs import run_once
 from tests.museum import nearest
 from tests.museum.nearest import named_fault, nearest_fault
 from tests.museum.plain import Call, Plain, PlainImpl, pieces
@@ -193,6 +195,21 @@ def test_the_nearer_of_two_faults_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(nearest, "REFERENCE_FAULTS", faults)
         found = nearest_fault(inputs, right.output(inputs), truth)
         assert found is faults.get("right", near)
+
+
+def test_a_run_that_fails_names_the_fault(tmp_path: Path) -> None:
+    case = SMALL.replace(query_lens=(1, 1), seq_lens=(33, 40), sliding_window=20)
+    candidate = "tests.museum.faults:WindowIgnoredAtDecode"
+    run = run_once(tmp_path, "tests/conformance", f"--case={case.id}", f"--candidate={candidate}")
+    assert run.status == 1
+    line = f"{SAYS}{REFERENCE_FAULTS['window_ignored'].what}"
+    (error,) = (
+        result["error"]
+        for result in run.results["results"]
+        if result["test"] == "test_output_matches_reference"
+    )
+    assert line in error
+    assert line in run.output
 
 
 # What it costs.
