@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+# The first and the last compute capability of some cards, as (major, minor).
+Capabilities = tuple[tuple[int, int], tuple[int, int]]
+
 
 @dataclass(frozen=True)
 class Device:

@@ -75,7 +75,7 @@ class Phase:
         return int(self.query_start_loc_cpu[-1])
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The result of `make`, which the first of the step's layers calls that asks for the key.
+        """The result of `make`, kept for all layers of the step that ask for the same key.
 
         The key names all that the result depends on, apart from the requests themselves.
         """
