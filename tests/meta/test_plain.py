@@ -15,6 +15,8 @@ from tests.museum.plain import Plain
 ROOT = Path(__file__).parents[2]
 TIERS = ("smoke", "cpu")
 CPU_ROWS = [row for row in rows() if row.tier in TIERS]
+# One row in so many is asked where CI runs; all of them where `long` is asked for.
+EVERY = 4
 # As in a checkout without xfv1: importing it raises ModuleNotFoundError.
 WITHOUT_XFV1 = "import sys; sys.modules['xfv1'] = None; "
 
@@ -24,7 +26,13 @@ def _kinds(row: Row) -> list[str]:
     return [kind for kind in KINDS if applies(kind, row.case) and asked_in(kind, row) in TIERS]
 
 
-@pytest.mark.parametrize("row", CPU_ROWS, ids=lambda row: row.case.id)
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.case.id, marks=[pytest.mark.long] if number % EVERY else [])
+        for number, row in enumerate(CPU_ROWS)
+    ],
+)
 def test_it_passes_what_the_cpu_tier_asks_of_a_case(row: Row) -> None:
     assert _kinds(row)
     for kind in _kinds(row):
