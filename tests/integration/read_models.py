@@ -1,0 +1,255 @@
+"""Which models of Transformers does `xfv1.model` read, and does it read any wrongly?
+
+    python -m tests.integration.read_models --json docs/results/models.json
+
+Every config class of Transformers that can be made without arguments is tried, once for each of
+its models' classes that vLLM has, or had. Each read layer kind is compared with the fields of the
+Transformers config (`expected`), which vLLM's model does not go through: heads, KV heads, head
+size, window, softcap and scale, as far as the config names them. About 15 minutes of one core.
+"""
+
+import argparse
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environment, save, say
+from tests.harness.environment import prepare
+from xfv1.model import LayerKind, Model, ModelError, Reader
+
+READ, REFUSED, NOT_ASKED, NO_CONFIG, LATE = (
+    "read",
+    "refused",
+    "not asked",
+    "no default config",
+    "late",
+)
+OUTCOMES = (READ, REFUSED, NOT_ASKED, NO_CONFIG, LATE)
+# What Transformers calls the models that generate or pool; vLLM's names are the same.
+MAPPINGS = "MODEL_*_MAPPING_NAMES"
+# Fields by which a config names a fact, the first that is there counts.
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads")
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+HEAD_SIZE = ("head_dim", "kv_channels", "attention_head_dim", "d_kv")
+WIDTH = ("hidden_size", "n_embd", "d_model", "embed_dim")
+
+
+# Facts that vLLM's model makes of a config otherwise than the config's field says, and why.
+EXPLAINED = {
+    ("cohere2", "windows"): "vLLM gives these layers sliding_window + 1 keys",
+    ("cohere2_moe", "windows"): "vLLM gives these layers sliding_window + 1 keys",
+}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a Transformers config says of its text model's layers; None where it says nothing.
+
+    windows: how many layers have each window, None for all keys.
+    """
+
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_size: int | None = None
+    windows: dict[int | None, int] | None = None
+    softcap: float | None = None
+    scale: float | None = None
+
+
+@dataclass
+class Row:
+    """One config and class.
+
+    compared: the facts that the config names. wrong: the facts that were read otherwise.
+    explained: those of them that vLLM itself makes otherwise (`EXPLAINED`).
+    """
+
+    model_type: str
+    architecture: str
+    outcome: str
+    reason: str = ""
+    kinds: list[str] = field(default_factory=list)
+    not_asked: list[str] = field(default_factory=list)
+    compared: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    explained: list[str] = field(default_factory=list)
+
+
+def default_configs() -> Iterator[tuple[str, Any, str]]:
+    """Each model type of Transformers with its default config, or None and why there is none."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    for model_type in sorted(CONFIG_MAPPING):
+        try:
+            yield model_type, CONFIG_MAPPING[model_type](), ""
+        except Exception as error:
+            yield model_type, None, " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def classes(model_type: str) -> list[str]:
+    """The names of Transformers' classes for a model type that vLLM has, or had, under the name."""
+    from transformers.models.auto import modeling_auto
+    from vllm.model_executor.models import registry
+
+    known = {*registry._VLLM_MODELS, *registry._PREVIOUSLY_SUPPORTED_MODELS}
+    found: dict[str, None] = {}
+    for name, mapping in vars(modeling_auto).items():
+        if Path(name).match(MAPPINGS) and model_type in mapping:
+            names = mapping[model_type]
+            found |= dict.fromkeys([names] if isinstance(names, str) else names)
+    return sorted(known & found.keys())
+
+
+def expected(config: Any) -> Expected:
+    """What the fields of a Transformers config say."""
+    text = config.get_text_config(decoder=True)
+    heads, width = _first(text, HEADS), _first(text, WIDTH)
+    size = _first(text, HEAD_SIZE)
+    if size is None and heads and width:
+        size = width // heads
+    kv_heads = _first(text, KV_HEADS)
+    if _field(text, "multi_query") and not _field(text, "new_decoder_architecture"):
+        kv_heads = 1
+    scalar = _field(text, "query_pre_attn_scalar")
+    return Expected(
+        num_heads=heads,
+        num_kv_heads=kv_heads if kv_heads is not None else heads,
+        head_size=size,
+        windows=_windows(text),
+        softcap=_field(text, "attn_logit_softcapping"),
+        scale=scalar**-0.5 if scalar else _field(text, "attention_multiplier"),
+    )
+
+
+def _field(config: Any, name: str) -> Any:
+    """A field's value; None where there is none, or where it differs from layer to layer.
+
+    Transformers then raises an error of its own.
+    """
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return None
+
+
+def _windows(text: Any) -> dict[int | None, int] | None:
+    """How many layers have each window; None where `layer_types` names other kinds of layers."""
+    layers, window = _field(text, "num_hidden_layers"), _field(text, "sliding_window")
+    types = _field(text, "layer_types")
+    if types is None:
+        types = ["sliding_attention" if window else "full_attention"] * (layers or 0)
+    if not types or set(types) - {"sliding_attention", "full_attention"}:
+        return None
+    if _field(text, "use_sliding_window") is False:
+        window = None
+    return dict(Counter(window if kind == "sliding_attention" else None for kind in types))
+
+
+def _first(config: Any, names: tuple[str, ...]) -> int | None:
+    values = (_field(config, name) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def compare(model: Model, want: Expected) -> tuple[list[str], dict[str, str]]:
+    """The facts that a config names, and how the read ones differ from them, by fact."""
+    own = [kind for kind in model.kinds if kind.attention == "decoder"] or list(model.kinds)
+    compared: list[str] = []
+    differ: dict[str, str] = {}
+    for name in ("num_heads", "num_kv_heads", "head_size", "softcap", "scale"):
+        value = getattr(want, name)
+        if value is None:
+            continue
+        compared.append(name)
+        found = {getattr(kind, name) for kind in own}
+        if any(abs((one or 0) - value) > 1e-6 * abs(value) for one in found):
+            differ[name] = f"{name}: read {_listed(found)}, the config says {value!r}"
+    if want.windows is not None and not model.not_asked:
+        compared.append("windows")
+        read = _counted(own)
+        if read != want.windows:
+            differ["windows"] = f"windows: read {read}, the config says {want.windows}"
+    return compared, differ
+
+
+def _counted(kinds: list[LayerKind]) -> dict[int | None, int]:
+    counts: Counter[int | None] = Counter()
+    for kind in kinds:
+        counts[kind.sliding_window] += len(kind.layers)
+    return dict(counts)
+
+
+def _listed(values: set[Any]) -> str:
+    return ", ".join(sorted(map(repr, values)))
+
+
+def try_one(reader: Reader, model_type: str, architecture: str, config: Any) -> Row:
+    """Read one config as a model of one class."""
+    row = Row(model_type, architecture, REFUSED)
+    with tempfile.TemporaryDirectory() as folder:
+        values = {**config.to_dict(), "architectures": [architecture]}
+        Path(folder, "config.json").write_text(json.dumps(values, default=str))
+        try:
+            model = reader.read(folder)
+        except ModelError as error:
+            row.reason = str(error).replace(folder, "MODEL")
+            row.outcome = LATE if "took more than" in row.reason else REFUSED
+            return row
+    row.kinds = [
+        f"{kind.name}: {kind.num_heads}/{kind.num_kv_heads} heads of {kind.head_size}"
+        for kind in model.kinds
+    ]
+    row.not_asked = [str(layers) for layers in model.not_asked]
+    row.outcome = READ if model.kinds else NOT_ASKED
+    if model.kinds:
+        row.compared, differ = compare(model, expected(config))
+        for fact, text in differ.items():
+            if why := EXPLAINED.get((model_type, fact)):
+                row.explained.append(f"{text}: {why}")
+            else:
+                row.wrong.append(text)
+    return row
+
+
+def rows(only: list[str]) -> Iterator[Row]:
+    """A row for each default config and class; `only` names model types, none: all."""
+    with Reader() as reader:
+        for model_type, config, reason in default_configs():
+            if only and model_type not in only:
+                continue
+            for architecture in classes(model_type):
+                if config is None:
+                    yield Row(model_type, architecture, NO_CONFIG, reason)
+                else:
+                    yield try_one(reader, model_type, architecture, config)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--only", nargs="*", default=[], help="model types; none: all")
+    args = parser.parse_args()
+    prepare()
+    found = []
+    for row in rows(args.only):
+        say(f"{row.model_type} {row.architecture}: {row.outcome} {row.reason}")
+        for line in [*row.kinds, *row.not_asked, *(f"WRONG {wrong}" for wrong in row.wrong)]:
+            say(f"    {line}")
+        found.append(row)
+    counts = Counter(row.outcome for row in found)
+    result = {
+        "environment": environment(),
+        "counts": {name: counts[name] for name in OUTCOMES},
+        "wrong": sum(bool(row.wrong) for row in found),
+        "rows": [vars(row) for row in found],
+    }
+    say(json.dumps({"counts": result["counts"], "wrong": result["wrong"]}))
+    if args.json:
+        save(args.json, result)
+
+
+if __name__ == "__main__":
+    main()
