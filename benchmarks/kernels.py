@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -256,6 +257,23 @@ def ops_setting(names: str | None) -> Iterator[None]:
             os.environ["XFV1_OPS"] = before
 
 
+@contextlib.contextmanager
+def ops_chosen() -> Iterator[list[str]]:
+    """The names of the ops that xfv1 chooses meanwhile land in the list that this yields."""
+    from xfv1 import dispatch
+
+    names: list[str] = []
+    choose = dispatch.choose
+
+    def noted(*asked: Any) -> Any:
+        op = choose(*asked)
+        names.append(op.name)
+        return op
+
+    with mock.patch.object(dispatch, "choose", noted):
+        yield names
+
+
 def xfv1(op: str | None = None) -> Callable[[Work], Run]:
     """xfv1's builder and impl; with one op alone, or as dispatched. `+gather`: as though the
     batch had context, so that keys come from the pages."""
@@ -275,17 +293,11 @@ def xfv1(op: str | None = None) -> Callable[[Work], Run]:
                 layer, work.query, work.key, work.value, work.caches[index], metadata, output=out
             )
 
-        # The first call picks the op, which the step's plans then keep.
-        with ops_setting(op and op.removesuffix(GATHERED)):
+        # The first call picks the op, which the step then keeps.
+        with ops_setting(op and op.removesuffix(GATHERED)), ops_chosen() as names:
             run(0, work.new_output())
         if op is None:
-            found = (
-                chosen.name
-                for phase in (metadata.whole, *metadata.phases)
-                for key, chosen in phase.plans.items()
-                if isinstance(key, tuple) and key[0] == "op"
-            )
-            work.default_ops = "+".join(dict.fromkeys(found))
+            work.default_ops = "+".join(dict.fromkeys(names))
         return run
 
     return prepare
@@ -678,7 +690,7 @@ def measure_all(args: argparse.Namespace, rows: Sequence[Row], device: torch.dev
 def sweep(args: argparse.Namespace, rows: Sequence[Row], device: torch.device) -> None:
     """Tilings of xfv1's own kernel, then how many programs share an SM, on each row."""
     from xfv1.device import device_of
-    from xfv1.kernels import paged, tiling
+    from xfv1.kernels.paged import launch, tiling
 
     recorder = Recorder(args.json)
     recorder.state.setdefault("environment", environment())
@@ -701,7 +713,7 @@ def sweep(args: argparse.Namespace, rows: Sequence[Row], device: torch.device) -
         def run_with(config: Any, splits: int | None, work: Work = work) -> Run:
             def run(index: int, out: torch.Tensor) -> None:
                 key, value = work.kv(index)
-                paged.paged_attention(
+                launch.paged_attention(
                     work.query, key, value, out=out, block_table=work.block_table,
                     seq_lens=work.seq_lens, query_start_loc=work.query_start_loc,
                     max_query_len=work.row.query_len, max_seq_len=max(work.row.seq_lens),

@@ -8,7 +8,6 @@ import os
 import platform
 import stat
 import sys
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -168,9 +167,9 @@ def _served(features: dict[str, dict[str, Any]], dtype_name: str) -> dict[str, A
     """The device, and for each feature and phase the op and every refusal."""
     import torch
 
-    from xfv1 import dispatch
+    from xfv1 import support
     from xfv1.device import device_of
-    from xfv1.ops.base import DECODE, PREFILL, Batch, Layer
+    from xfv1.ops.base import Layer
 
     on_gpu = torch.cuda.is_available()
     device = device_of("cuda" if on_gpu else "cpu")
@@ -180,17 +179,7 @@ def _served(features: dict[str, dict[str, Any]], dtype_name: str) -> dict[str, A
         facts = {**BASE, **changes}
         kv_dtype = getattr(torch, facts.pop("kv_dtype", dtype_name))
         layer = Layer(dtype=dtype, kv_dtype=kv_dtype, **facts)
-        phases = {
-            "decode": Batch(DECODE, num_reqs=64, max_seq_len=4096),
-            "prefill": Batch(
-                PREFILL, num_reqs=4, max_query_len=2048, max_seq_len=2048, uniform=False, fresh=True
-            ),
-        }
-        phases["chunked prefill"] = replace(phases["prefill"], max_seq_len=8192, fresh=False)
-        for phase, batch in phases.items():
-            tried = dispatch.reasons(layer, batch, device)
-            op = next((name for name, why in tried.items() if not why), None)
-            refused = {name: why for name, why in tried.items() if why}
+        for phase, op, refused in support.survey(layer, device):
             rows.append({"feature": feature, "phase": phase, "op": op, "refused": refused})
     return {
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu",

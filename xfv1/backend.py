@@ -10,14 +10,11 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 
 import xfv1
-from xfv1 import compat, dispatch
+from xfv1 import compat, support
+from xfv1.builder import XFormersMetadataBuilder
 from xfv1.device import Device, device_of
 from xfv1.impl import XFormersImpl
-from xfv1.metadata import XFormersMetadataBuilder
-from xfv1.ops.base import Layer
-
-MAX_HEAD_SIZE = 512
-
+from xfv1.kernels.paged.tiling import MAX_HEAD_SIZE
 
 Validate = Callable[..., list[str]]
 
@@ -32,19 +29,8 @@ def _with_vllms_signature(function: Validate) -> Validate:
 class XFormersAttentionBackend(AttentionBackend):
     """xFormers' ops, and xfv1's own kernel for what they refuse, over vLLM's paged cache."""
 
-    supported_dtypes: ClassVar[list[torch.dtype]] = [
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-    ]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = [
-        "auto",
-        "float16",
-        "bfloat16",
-        "fp8",
-        "fp8_e4m3",
-        "fp8_e5m2",
-    ]
+    supported_dtypes: ClassVar[list[torch.dtype]] = [*support.DTYPES]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [*support.KV_CACHE_DTYPES]
     forward_includes_kv_cache_update: bool = False
 
     @staticmethod
@@ -110,7 +96,7 @@ class XFormersAttentionBackend(AttentionBackend):
         """
         reasons: list[str] = super().validate_configuration(*args, **kwargs)
         asked = inspect.signature(super().validate_configuration).bind(*args, **kwargs).arguments
-        return [_in_full(reason, asked) for reason in reasons]
+        return [support.in_full(reason, asked) for reason in reasons]
 
     @classmethod
     def supports_combination(
@@ -129,26 +115,14 @@ class XFormersAttentionBackend(AttentionBackend):
     ) -> str | None:
         """Why no op serves a layer of these facts, or None.
 
-        ALiBi, softcap and windows are not among vLLM's questions here; for these the impl's
-        constructor answers.
+        vLLM does not ask about ALiBi, softcap and windows here; the impl's constructor answers for
+        these.
         """
         if use_mla or use_sparse:
             return None
-        try:
-            stored = compat.kv_dtype(kv_cache_dtype or "auto", dtype)
-        except NotImplementedError as error:
-            return str(error)
-        layer = Layer(
-            num_heads=1,
-            num_kv_heads=1,
-            head_size=head_size,
-            dtype=dtype,
-            kv_dtype=stored,
-            block_size=block_size or 16,
-            sinks=has_sink,
-            batch_invariant=compat.batch_invariant(),
+        refused = support.combination_reasons(
+            head_size, dtype, kv_cache_dtype, block_size, has_sink, _device(device_capability)
         )
-        refused = dispatch.layer_reasons(layer, _device(device_capability))
         return "; ".join(refused) or None
 
     # 0.29 on: vLLM owns the cache's shape and asks which layouts can be read.
@@ -172,43 +146,6 @@ class XFormersAttentionBackend(AttentionBackend):
     @staticmethod
     def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
         return compat.stride_order(include_num_layers_dimension)
-
-
-def _in_full(reason: str, asked: dict[str, Any]) -> str:
-    """One of vLLM's reasons, with the value that was asked for and what is accepted."""
-    backend = XFormersAttentionBackend
-    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.supported_dtypes)
-    accepted = {
-        "head_size not supported": ("head_size", f"1 to {MAX_HEAD_SIZE}"),
-        "dtype not supported": ("dtype", dtypes),
-        "kv_cache_dtype not supported": (
-            "kv_cache_dtype",
-            ", ".join(backend.supported_kv_cache_dtypes),
-        ),
-        "block_size not supported": ("block_size", "a multiple of 16"),
-        "partial multimodal token full attention not supported": (
-            "use_mm_prefix",
-            "False: no image tokens that see each other",
-        ),
-        "MLA not supported": ("use_mla", "False: no multi-head latent attention"),
-        "sparse not supported": ("use_sparse", "False: no sparse attention"),
-        "per-head quant scales not supported": (
-            "use_per_head_quant_scales",
-            "False: one scale for all heads of a layer",
-        ),
-        "R-SWA not supported": ("use_rswa", "False: no windows beside a whole prompt"),
-        "PCP not supported": ("use_pcp", "False: no prefill context parallelism"),
-        "device-cpu query lens mismatch not supported, this is needed for adaptive verification": (
-            "use_adaptive_verification",
-            "False: the host must know each request's number of queries",
-        ),
-    }
-    if reason not in accepted:
-        return reason
-    name, values = accepted[reason]
-    value = asked.get(name)
-    shown = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else repr(value)
-    return f"{name}={shown}: expected {values}"
 
 
 def _device(capability: DeviceCapability | None) -> Device:

@@ -1,23 +1,21 @@
-"""XFV1_DEBUG=1: what vLLM hands over is checked before any kernel is given it.
+"""XFV1_DEBUG=1: the arguments that vLLM hands over are checked before any kernel gets them.
 
-A kernel that is given a wrong length or block id reads memory that is not its own: the answer is
+A kernel that gets a wrong length or block id reads memory that is not its own: the answer is
 wrong, or the device is lost and the error names some later call. These checks name the argument,
 its value and what is accepted: TypeError for a dtype, ValueError for all else.
 
-Values on the device are read, which waits for it. While a CUDA graph is captured that cannot be,
-and only what the host knows is checked; of a replayed graph's step, only what its builder is given.
+Values on the device are read, which waits for it. While a CUDA graph is captured they cannot be
+read, and only what the host knows is checked. When a graph is replayed, only the builder's
+arguments are checked.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from vllm.v1.attention.backend import AttentionType
 
 from xfv1 import settings
-
-if TYPE_CHECKING:
-    from xfv1.impl import XFormersImpl
-    from xfv1.metadata import XFormersMetadata
+from xfv1.ops.base import Layer
+from xfv1.phase import Phase
 
 Bound = int | torch.Tensor
 
@@ -71,7 +69,7 @@ def check_batch(common: Any, host_lens: torch.Tensor | None, *, encoder: bool, c
 
 
 def check_update(
-    impl: "XFormersImpl",
+    layer: Layer,
     key: torch.Tensor,
     value: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -80,41 +78,47 @@ def check_update(
     """What do_kv_cache_update is given."""
     _check_vector("slot_mapping", slot_mapping, torch.int64, 0, key.device)
     for name, tensor in (("key", key), ("value", value)):
-        _check_heads(name, tensor, len(slot_mapping), impl.num_kv_heads, impl.head_size, key)
+        _check_heads(name, tensor, len(slot_mapping), layer.num_kv_heads, layer.head_size, key)
         # vLLM's op takes the heads of a token to lie next to each other.
-        packed = impl.num_kv_heads == 1 or tensor.stride(1) == impl.head_size
-        _expect(packed, f"{name}.stride()", tensor.stride(), f"(any, {impl.head_size}, 1)")
-    _check_cache(impl, kv_cache, key)
+        packed = layer.num_kv_heads == 1 or tensor.stride(1) == layer.head_size
+        _expect(packed, f"{name}.stride()", tensor.stride(), f"(any, {layer.head_size}, 1)")
+    _check_cache(layer, kv_cache, key)
     if not _capturing(key.device):
         last = kv_cache.shape[0] * kv_cache.shape[2] - 1
         _expect_each("slot_mapping", slot_mapping.cpu(), -1, last, "a slot of kv_cache, -1: none")
 
 
 def check_forward(
-    impl: "XFormersImpl",
+    layer: Layer,
+    phase: Phase,
     query: torch.Tensor,
     key: torch.Tensor | None,
     value: torch.Tensor | None,
     kv_cache: torch.Tensor | None,
-    metadata: "XFormersMetadata",
+    slot_mapping: torch.Tensor,
     output: torch.Tensor,
+    *,
+    cross: bool,
 ) -> None:
-    """What forward is given, and what its metadata names there. kv_cache: None for an encoder."""
-    rows, num_reqs = metadata.num_actual_tokens, metadata.whole.batch.num_reqs
-    _check_heads("query", query, rows, impl.num_heads, impl.head_size, query)
-    _check_heads("output", output, len(query), impl.num_heads, impl.head_size, query)
+    """What forward is given, and what its metadata names there.
+
+    phase: all requests. kv_cache: None for an encoder. cross: the keys are an encoder's.
+    """
+    rows, num_reqs = phase.rows.stop, phase.batch.num_reqs
+    _check_heads("query", query, rows, layer.num_heads, layer.head_size, query)
+    _check_heads("output", output, len(query), layer.num_heads, layer.head_size, query)
     _expect(len(output) == len(query), "output.shape", tuple(output.shape), f"{tuple(query.shape)}")
     # Cross attention's keys are as many as its encoder's tokens, and are written in one step only.
-    rows = 0 if impl.attn_type == AttentionType.ENCODER_DECODER else rows
+    rows = 0 if cross else rows
     for name, tensor in (("key", key), ("value", value)):
         if tensor is not None:
-            _check_heads(name, tensor, rows, impl.num_kv_heads, impl.head_size, query)
+            _check_heads(name, tensor, rows, layer.num_kv_heads, layer.head_size, query)
     if kv_cache is None:
         return
 
-    _check_cache(impl, kv_cache, query)
-    _check_vector("slot_mapping", metadata.slot_mapping, torch.int64, rows, query.device)
-    block_table, seq_lens = metadata.whole.block_table, metadata.whole.seq_lens
+    _check_cache(layer, kv_cache, query)
+    _check_vector("slot_mapping", slot_mapping, torch.int64, rows, query.device)
+    block_table, seq_lens = phase.block_table, phase.seq_lens
     shape, (num_blocks, _, block_size, _) = tuple(block_table.shape), kv_cache.shape
     fits = len(shape) == 2 and shape[0] == num_reqs
     _check_tensor("block_table", block_table, query.device, torch.int32)
@@ -130,11 +134,11 @@ def check_forward(
     _expect_each("block_table", block_table.where(used, 0), 0, num_blocks - 1, "blocks of kv_cache")
 
 
-def _check_cache(impl: "XFormersImpl", kv_cache: torch.Tensor, like: torch.Tensor) -> None:
-    heads, content, shape = impl.num_kv_heads, 2 * impl.head_size, tuple(kv_cache.shape)
+def _check_cache(layer: Layer, kv_cache: torch.Tensor, like: torch.Tensor) -> None:
+    heads, content, shape = layer.num_kv_heads, 2 * layer.head_size, tuple(kv_cache.shape)
     fits = len(shape) == 4 and (shape[1], shape[3]) == (heads, content) and shape[2] > 0
     # vLLM allocates a quantized cache as bytes.
-    stored = (like.dtype,) if impl.fp8_dtype is None else (torch.uint8, impl.fp8_dtype)
+    stored = (torch.uint8, layer.kv_dtype) if layer.quantized else (like.dtype,)
     _check_tensor("kv_cache", kv_cache, like.device, *stored)
     _expect(fits, "kv_cache.shape", shape, f"[num_blocks, {heads}, block_size, {content}]")
 

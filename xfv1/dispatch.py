@@ -11,13 +11,14 @@ from dataclasses import replace
 
 from xfv1 import settings
 from xfv1.device import Device
-from xfv1.ops.base import DECODE, ENCODER, PREFILL, Batch, Layer, Op
+from xfv1.ops.base import Layer, Op
 from xfv1.ops.torch_cpu import TorchCpu
 from xfv1.ops.triton_paged import TritonPaged
 from xfv1.ops.vllm_fa import VllmFlashAttention
-from xfv1.ops.xformers_fa3 import XFormersFA3
-from xfv1.ops.xformers_splitk import XFormersSplitK
-from xfv1.ops.xformers_varlen import VARLEN_OPS
+from xfv1.ops.xformers.fa3 import XFormersFA3
+from xfv1.ops.xformers.splitk import XFormersSplitK
+from xfv1.ops.xformers.varlen import VARLEN_OPS
+from xfv1.phase import Batch
 from xfv1.rules import RULES
 
 OPS: dict[str, Op] = {
@@ -77,41 +78,8 @@ def _choose(layer: Layer, batch: Batch, device: Device, setting: str) -> Op:
     for name, why in tried.items():
         if not why:
             return OPS[name]
-    raise NoOp(f"no op serves {batch.phase}: {explain(tried)}")
+    raise NoOp(f"no op serves {batch.kind}: {explain(tried)}")
 
 
 def explain(tried: dict[str, list[str]]) -> str:
     return "; ".join(f"{name}: {', '.join(why)}" for name, why in tried.items())
-
-
-def typical_batches(
-    *, encoder: bool = False, host_lens: bool = True, lse: bool = False
-) -> list[Batch]:
-    """A layer's phases, each as the batch that asks most of an op: ragged, with context."""
-    ragged = Batch(PREFILL, num_reqs=2, max_query_len=64, max_seq_len=128, uniform=False, lse=lse)
-    if encoder:
-        return [replace(ragged, phase=ENCODER, max_seq_len=64)]
-    return [
-        Batch(DECODE, num_reqs=2, max_seq_len=128, host_lens=host_lens, lse=lse),
-        replace(ragged, host_lens=host_lens),
-    ]
-
-
-def layer_reasons(layer: Layer, device: Device, **kind: bool) -> list[str]:
-    """Why a layer cannot be served at all: one reason for each phase that no op serves.
-
-    kind: see `typical_batches`, here and in `summary`.
-    """
-    refused = []
-    for batch in typical_batches(**kind):
-        try:
-            choose(layer, batch, device)
-        except NoOp as error:
-            refused.append(str(error))
-    return refused
-
-
-def summary(layer: Layer, device: Device, **kind: bool) -> str:
-    """Which op serves each phase of a layer, in words; the layer must be servable."""
-    batches = typical_batches(**kind)
-    return ", ".join(f"{b.phase} by {choose(layer, b, device).name}" for b in batches)

@@ -8,10 +8,11 @@ from vllm.distributed.parallel_state import get_dcp_group
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
-from xfv1 import compat, debug, dispatch
+from xfv1 import cache, compat, debug, dispatch, support
 from xfv1.device import device_of
-from xfv1.metadata import Phase, XFormersMetadata
-from xfv1.ops.base import ENCODER, Batch, Call, Layer, Op
+from xfv1.ops.base import Call, Layer, Op
+from xfv1.phase import ENCODER, Batch, Phase
+from xfv1.step import XFormersMetadata
 
 ENCODERS = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
 
@@ -72,65 +73,56 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
                 f"chunk_lookback={chunk_lookback}: expected -1: no attention in chunks"
             )
         dtype = torch.get_default_dtype()
-        if attn_type not in ENCODERS:
-            # An encoder keeps nothing in the cache.
-            compat.kv_dtype(kv_cache_dtype, dtype)
-        self.fp8_dtype = compat.fp8_dtype(kv_cache_dtype)
-        self.debug = debug.enabled()
-        self._layers: dict[tuple[torch.dtype, int, bool, int], Layer] = {}
-        device = device_of(compat.device_kind())
         encoder = attn_type in ENCODERS
-        causal = attn_type == AttentionType.DECODER
+        if not encoder:
+            # An encoder keeps nothing in the cache.
+            cache.kv_dtype(kv_cache_dtype, dtype)
+        self.fp8_dtype = cache.fp8_dtype(kv_cache_dtype)
+        self._layers: dict[tuple[torch.dtype, int, bool, int], Layer] = {}
+        self.debug = debug.enabled()
+        self._checked = self._layer(dtype, support.BLOCK_SIZE, True)
         sharded = self.dcp_world_size > 1 and not encoder
-        layer = self._layer(dtype, 0 if encoder or sharded else 16, causal)
-        # Cross attention's lengths are the encoder's, which only the device knows.
-        host_lens = attn_type != AttentionType.ENCODER_DECODER
-        kinds: list[tuple[Layer, dict[str, bool]]] = [
-            (layer, {"encoder": encoder or sharded, "host_lens": host_lens, "lse": sharded})
-        ]
-        refused = compat.model_reasons() + self._parallel_reasons(sharded)
-        if sharded:
-            context = self._layer(dtype, 16, False, self.dcp_world_size)
-            kinds.append((context, {"host_lens": False, "lse": True}))
-        for facts, kind in kinds:
-            refused += dispatch.layer_reasons(facts, device, **kind)
-        if host_lens and not (encoder or sharded) and compat.speculates():
-            # Nor are, on the host, those of requests whose drafts are verified.
-            again = dispatch.layer_reasons(layer, device, host_lens=False)
-            refused += [reason for reason in again if reason not in refused]
+        uses = self._uses(dtype, sharded)
+        refused = self._refusals(uses, sharded)
         if refused:
             raise NotImplementedError("xfv1: " + "; ".join(refused))
         self._merge = compat.shard_merge() if sharded else None
-        for facts, kind in kinds:
+        device = device_of(compat.device_kind())
+        for facts, use in uses:
             compat.log_once(
-                "xfv1: XFormersAttentionBackend serves %s", dispatch.summary(facts, device, **kind)
+                "xfv1: XFormersAttentionBackend serves %s", support.summary(facts, device, **use)
             )
 
-    def _parallel_reasons(self, sharded: bool) -> list[str]:
-        """Why the layer cannot be served in the context parallel groups there are."""
-        reasons = []
-        if self.pcp_world_size > 1:
-            reasons.append(f"prefill_context_parallel_size={self.pcp_world_size}: expected 1")
+    def _uses(self, dtype: torch.dtype, sharded: bool) -> list[tuple[Layer, dict[str, bool]]]:
+        """The layer as ops will see it: its facts, and how they are used (`support.summary`)."""
+        encoder = self.attn_type in ENCODERS
+        causal = self.attn_type == AttentionType.DECODER
+        layer = self._layer(dtype, 0 if encoder or sharded else support.BLOCK_SIZE, causal)
+        # Cross attention's lengths are the encoder's, which only the device knows.
+        host_lens = self.attn_type != AttentionType.ENCODER_DECODER
+        own = {"encoder": encoder or sharded, "host_lens": host_lens, "lse": sharded}
         if not sharded:
-            return reasons
-        size = self.dcp_world_size
-        refused = {
-            # A rank's keys do not lie at consecutive positions.
-            "sliding windows": self.sliding_window is not None,
-            "ALiBi": self.alibi_slopes is not None,
-            "cross attention": self.attn_type == AttentionType.ENCODER_DECODER,
-            "layers that read another's cache": self.kv_sharing_target_layer_name is not None,
-            # Query heads of different ranks then do not lie by KV head.
-            f"num_kv_heads={self.num_kv_heads}, only 1": self.num_kv_heads != 1,
-            # What is new in a step is not summed in the order in which the cache's keys are.
-            "batch invariance": compat.batch_invariant(),
-            # For vLLM's merge.
-            f"head_size={self.head_size}, only powers of two": self.head_size.bit_count() != 1,
-            "groups other than of powers of two": size.bit_count() != 1,
-            "merge without Triton": not compat.vllm_has_triton(),
-        }
-        words = [word for word, is_so in refused.items() if is_so]
-        return reasons + [f"decode_context_parallel_size={size}: no {word}" for word in words]
+            return [(layer, own)]
+        context = self._layer(dtype, support.BLOCK_SIZE, False, self.dcp_world_size)
+        return [(layer, own), (context, {"host_lens": False, "lse": True})]
+
+    def _refusals(self, uses: list[tuple[Layer, dict[str, bool]]], sharded: bool) -> list[str]:
+        """Why the layer cannot be served."""
+        (layer, use), device = uses[0], device_of(compat.device_kind())
+        refused = support.model_reasons() + support.parallel_reasons(
+            layer,
+            self.pcp_world_size,
+            self.dcp_world_size if sharded else 1,
+            cross=self.attn_type == AttentionType.ENCODER_DECODER,
+            shares_cache=self.kv_sharing_target_layer_name is not None,
+        )
+        for facts, each in uses:
+            refused += support.layer_reasons(facts, device, **each)
+        if use["host_lens"] and not use["encoder"] and compat.speculates():
+            # With speculative decoding the host does not always know seq_lens exactly either.
+            again = support.layer_reasons(layer, device, host_lens=False)
+            refused += [reason for reason in again if reason not in refused]
+        return refused
 
     def _layer(self, dtype: torch.dtype, block_size: int, causal: bool, ranks: int = 1) -> Layer:
         """The layer's facts. ranks: of a decode context parallel group, for its context."""
@@ -173,13 +165,11 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         if self.attn_type in ENCODERS:
             return
         if self.debug:
-            debug.check_update(self, key, value, kv_cache, slot_mapping)
+            debug.check_update(self._checked, key, value, kv_cache, slot_mapping)
         if not slot_mapping.numel():
             return
-        key_cache, value_cache = self._split(kv_cache)
-        compat.write_kv(
-            key, value, key_cache, value_cache, slot_mapping, self.kv_cache_dtype, layer
-        )
+        key_cache, value_cache = cache.views(kv_cache, self.head_size, self.fp8_dtype)
+        cache.write_kv(key, value, key_cache, value_cache, slot_mapping, self.kv_cache_dtype, layer)
 
     def forward(
         self,
@@ -205,26 +195,35 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
             return output.fill_(0)
         encoder = self.attn_type in ENCODERS
         if self.debug:
-            cache = None if encoder else kv_cache
-            debug.check_forward(self, query, key, value, cache, attn_metadata, output)
+            debug.check_forward(
+                self._checked,
+                attn_metadata.whole,
+                query,
+                key,
+                value,
+                None if encoder else kv_cache,
+                attn_metadata.slot_mapping,
+                output,
+                cross=self.attn_type == AttentionType.ENCODER_DECODER,
+            )
         if self.alibi_slopes is not None and self.alibi_slopes.device != query.device:
             self.alibi_slopes = self.alibi_slopes.to(query.device)
 
-        caches = None if encoder else self._split(kv_cache)
+        caches = None if encoder else cache.views(kv_cache, self.head_size, self.fp8_dtype)
         if attn_metadata.parts is not None and caches is not None:
             self._run_parts(attn_metadata, caches, layer, query, key, value, output)
             return output
         block_size = 0 if caches is None else caches[0].shape[1]
         facts = self._layer(query.dtype, block_size, attn_metadata.causal)
-        for phase in self._served(facts, attn_metadata, caches, query):
+        for phase in self._phases(facts, attn_metadata, caches, query):
             self._run(facts, phase, caches, layer, query, key, value, output)
         return output
 
-    def _served(
+    def _phases(
         self,
         facts: Layer,
         metadata: XFormersMetadata,
-        caches: tuple[torch.Tensor, torch.Tensor] | None,
+        caches: cache.Views | None,
         query: torch.Tensor,
     ) -> list[Phase]:
         """The step in the phases that it is served in: one, if one op is best for both."""
@@ -243,7 +242,7 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
     def _run_parts(
         self,
         metadata: XFormersMetadata,
-        caches: tuple[torch.Tensor, torch.Tensor],
+        caches: cache.Views,
         layer: AttentionLayer,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -259,9 +258,9 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         assert parts is not None and self._merge is not None
         query, key, value, output = query[rows], key[rows], value[rows], output[rows]
         if self.fp8_dtype is not None:
-            # As every later step will see them.
-            key = self._stored(key, layer._k_scale)
-            value = self._stored(value, layer._v_scale)
+            # Every later step will read them from the cache, so this one must see the same.
+            key = cache.read_back(key, self.fp8_dtype, layer._k_scale)
+            value = cache.read_back(value, self.fp8_dtype, layer._v_scale)
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)
         new = self._layer(query.dtype, 0, metadata.causal)
         self._run(new, parts.new, None, layer, query, key, value, output, lse)
@@ -279,49 +278,33 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
             output, context, context_lse.t().contiguous(), output, lse.t().contiguous()
         )
 
-    def _stored(self, new: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Keys or values as a float8 cache gives them back."""
-        assert self.fp8_dtype is not None
-        return (compat.quantize(new, self.fp8_dtype, scale).float() * scale).to(new.dtype)
-
-    def _split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key and value views [num_blocks, block_size, num_kv_heads, head_size]."""
-        key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        if self.fp8_dtype is not None and key_cache.dtype != self.fp8_dtype:
-            return key_cache.view(self.fp8_dtype), value_cache.view(self.fp8_dtype)
-        return key_cache, value_cache
-
-    def _batch(
-        self, batch: Batch, phase: Phase, caches: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> Batch:
-        """A batch of a phase's, or of a part of it, with what the layer and its cache add to it."""
+    def _batch(self, batch: Batch, phase: Phase, caches: cache.Views | None) -> Batch:
+        """A batch of a phase's requests, with what the layer and its cache add to it."""
         if caches is None:
-            return replace(batch, phase=ENCODER, max_seq_len=batch.max_query_len, fresh=True)
+            return replace(batch, kind=ENCODER, max_seq_len=batch.max_query_len, fresh=True)
         blocks, size = caches[0].stride()[:2]
         token_major = blocks == size * caches[0].shape[1]
         # Shared layers are given keys that are not theirs; quantized ones must see what is stored.
         own = self.kv_sharing_target_layer_name is None and self.fp8_dtype is None
         fresh = batch.fresh and own and self.attn_type == AttentionType.DECODER
-        key = ("batch", batch, token_major, fresh)
-        if key not in phase.plans:
-            phase.plans[key] = replace(batch, fresh=fresh, token_major=token_major)
-        cached: Batch = phase.plans[key]
-        return cached
+        return phase.once(
+            ("batch", batch, token_major, fresh),
+            lambda: replace(batch, fresh=fresh, token_major=token_major),
+        )
 
     def _op(self, facts: Layer, batch: Batch, phase: Phase, query: torch.Tensor) -> Op:
         """The op for a batch that `_batch` has completed; the phase keeps the choice."""
-        # Layers alike in all else may differ in whose keys they read, and so in their batch.
-        key = ("op", facts, batch)
-        if key not in phase.plans:
-            phase.plans[key] = dispatch.choose(facts, batch, device_of(query.device))
-        op: Op = phase.plans[key]
-        return op
+        # `batch` is part of the key: layers with equal facts differ in `fresh` if one shares
+        # another's cache.
+        return phase.once(
+            ("op", facts, batch), lambda: dispatch.choose(facts, batch, device_of(query.device))
+        )
 
     def _run(
         self,
         facts: Layer,
         phase: Phase,
-        caches: tuple[torch.Tensor, torch.Tensor] | None,
+        caches: cache.Views | None,
         layer: Any,
         query: torch.Tensor,
         key: torch.Tensor | None,
@@ -331,32 +314,26 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
     ) -> None:
         batch = self._batch(phase.batch, phase, caches)
         op = self._op(facts, batch, phase, query)
-        own = (
-            key is not None
-            and value is not None
-            and self.attn_type != AttentionType.ENCODER_DECODER
-        )
+        rows = phase.rows
+        if self.attn_type == AttentionType.ENCODER_DECODER:
+            # The keys are those of an encoder's tokens.
+            key = value = None
         op.run(
             Call(
                 layer=facts,
-                batch=batch,
-                query=query[phase.rows],
-                key=key[phase.rows] if own and key is not None else None,
-                value=value[phase.rows] if own and value is not None else None,
+                # It has the same plans.
+                phase=phase.once(("phase", batch), lambda: replace(phase, batch=batch)),
+                query=query[rows],
+                key=None if key is None else key[rows],
+                value=None if value is None else value[rows],
                 key_cache=None if caches is None else caches[0],
                 value_cache=None if caches is None else caches[1],
-                out=output[phase.rows],
-                query_start_loc=phase.query_start_loc,
-                seq_lens=phase.seq_lens,
-                block_table=phase.block_table,
-                query_start_loc_cpu=phase.query_start_loc_cpu,
-                seq_lens_cpu=phase.seq_lens_cpu,
+                out=output[rows],
                 scale=self.scale,
                 alibi_slopes=self.alibi_slopes,
                 sinks=self.sinks if facts.sinks else None,
                 k_scale=layer._k_scale,
                 v_scale=layer._v_scale,
-                lse=None if lse is None else lse[phase.rows],
-                plans=phase.plans,
+                lse=None if lse is None else lse[rows],
             )
         )

@@ -1,51 +1,55 @@
-"""In which order ops are tried, by card, phase and batch: data, each rule with its reason."""
+"""In which order ops are tried, by card and batch: data, each rule with its reason."""
 
 from dataclasses import dataclass, replace
 
 import torch
 
 from xfv1.device import Device
-from xfv1.ops.base import DECODE, ENCODER, PREFILL, Batch, Layer
+from xfv1.kernels.paged.tiling import MAX_HEAD_SIZE
+from xfv1.ops.base import Layer
+from xfv1.phase import DECODE, ENCODER, PREFILL, Batch
 
 Capabilities = tuple[tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Ops in the order to try them, where a phase's facts lie within bounds (inclusive).
+    """Ops in the order to try them, where a batch's facts lie within bounds (inclusive).
 
+    kind: the batch's.
     why: the reason for the order.
     num_reqs, seq_lens: rounded up to powers of two; seq_lens and query_lens: the longest request's.
-    dtypes: the model's; empty for any. kinds: of devices; empty for any.
+    dtypes: the model's; empty for any.
+    devices: kinds of devices; empty for any.
     """
 
-    phase: str
+    kind: str
     order: tuple[str, ...]
     why: str = ""
-    head_sizes: tuple[int, int] = (1, 512)
+    head_sizes: tuple[int, int] = (1, MAX_HEAD_SIZE)
     num_reqs: tuple[int, int] = (0, 1 << 30)
     seq_lens: tuple[int, int] = (0, 1 << 30)
     query_lens: tuple[int, int] = (0, 1 << 30)
     dtypes: tuple[torch.dtype, ...] = ()
-    kinds: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
     capability: Capabilities = ((0, 0), (99, 0))
 
     def fits(self, layer: Layer, batch: Batch, device: Device) -> bool:
         return (
-            self.phase == batch.phase
+            self.kind == batch.kind
             and self.head_sizes[0] <= layer.head_size <= self.head_sizes[1]
             and self.num_reqs[0] <= batch.num_reqs <= self.num_reqs[1]
             and self.seq_lens[0] <= batch.max_seq_len <= self.seq_lens[1]
             and self.query_lens[0] <= batch.max_query_len <= self.query_lens[1]
             and (not self.dtypes or layer.dtype in self.dtypes)
-            and (not self.kinds or device.kind in self.kinds)
+            and (not self.devices or device.kind in self.devices)
             and self.capability[0] <= device.capability <= self.capability[1]
         )
 
 
-def _on(kind: str, capability: Capabilities, *rules: Rule) -> tuple[Rule, ...]:
-    """The rules, for these cards alone."""
-    return tuple(replace(rule, kinds=(kind,), capability=capability) for rule in rules)
+def _on(device: str, capability: Capabilities, *rules: Rule) -> tuple[Rule, ...]:
+    """The rules, for these cards alone. device: their kind."""
+    return tuple(replace(rule, devices=(device,), capability=capability) for rule in rules)
 
 
 def _few_queries(*order: str) -> Rule:
@@ -74,11 +78,11 @@ RULES: tuple[Rule, ...] = (
         _few_queries("triton", "xformers_cutlass", "torch"),
         *(
             Rule(
-                phase,
+                kind,
                 ("xformers_cutlass", "triton", "torch"),
                 "cutlass uses Turing's tensor cores, which Triton does not",
             )
-            for phase in (PREFILL, ENCODER)
+            for kind in (PREFILL, ENCODER)
         ),
     ),
     # Ampere and Ada.
@@ -95,11 +99,11 @@ RULES: tuple[Rule, ...] = (
         _few_queries("vllm_fa2", "triton", *GATHERED, "torch"),
         *(
             Rule(
-                phase,
+                kind,
                 ("vllm_fa2", *GATHERED, "triton", "torch"),
                 "FlashAttention 2 was written for Ampere; vLLM's build reads the pages",
             )
-            for phase in (PREFILL, ENCODER)
+            for kind in (PREFILL, ENCODER)
         ),
     ),
     # vLLM's FlashAttention 2 is built for sm_80 and as PTX: on later cards the driver compiles it
@@ -193,12 +197,12 @@ RULES: tuple[Rule, ...] = (
         _few_queries("triton", "xformers_ck", "torch"),
         *(
             Rule(
-                phase,
+                kind,
                 ("xformers_ck", "triton", "torch"),
                 "ck is AMD's own kernel, and has run there; to gather keys took 1 to 16 % of a"
                 " prefill on an H100",
             )
-            for phase in (PREFILL, ENCODER)
+            for kind in (PREFILL, ENCODER)
         ),
     ),
     # In Triton's interpreter, so that tests see these ops.
@@ -207,11 +211,11 @@ RULES: tuple[Rule, ...] = (
         ANY,
         *(
             Rule(
-                phase,
+                kind,
                 ("xformers_splitk", "triton", "torch"),
                 "Triton's kernels where its interpreter runs them, else PyTorch",
             )
-            for phase in (DECODE, PREFILL, ENCODER)
+            for kind in (DECODE, PREFILL, ENCODER)
         ),
     ),
 )

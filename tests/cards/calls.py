@@ -6,7 +6,8 @@ import torch
 
 from fixtures.cases import AttnCase
 from fixtures.inputs import TORCH_DTYPES
-from xfv1.ops.base import DECODE, ENCODER, PREFILL, Batch, Call, Layer
+from xfv1.ops.base import Call, Layer
+from xfv1.phase import DECODE, ENCODER, PREFILL, Batch, Phase
 
 META = torch.device("meta")
 # On AMD Triton tells tensors within 2 GiB from larger ones, and a served cache is larger.
@@ -28,9 +29,9 @@ def calls(
     if 0 < first <= 1 + case.drafts:
         while decodes < len(pairs) and pairs[decodes][0] == first:
             decodes += 1
-    for phase, part in ((DECODE, pairs[:decodes]), (PREFILL, pairs[decodes:])):
+    for kind, part in ((DECODE, pairs[:decodes]), (PREFILL, pairs[decodes:])):
         if any(query_len for query_len, _ in part):
-            yield _call(case, phase, part, device, cache_bytes, fnuz)
+            yield _call(case, kind, part, device, cache_bytes, fnuz)
 
 
 def layer_of(case: AttnCase, fnuz: bool = False) -> Layer:
@@ -57,7 +58,7 @@ def layer_of(case: AttnCase, fnuz: bool = False) -> Layer:
 
 def _call(
     case: AttnCase,
-    phase: str,
+    kind: str,
     pairs: list[tuple[int, int]],
     device: torch.device,
     cache_bytes: int,
@@ -84,19 +85,29 @@ def _call(
             for part in empty(tokens, sum(widths)).split(widths, dim=1)
         )
     key_cache = value_cache = None
-    if phase != ENCODER:
+    if kind != ENCODER:
         cache = _cache(case, layer.kv_dtype, device, cache_bytes)
         key_cache, value_cache = cache.transpose(1, 2).split(case.head_size, dim=-1)
     scale = empty(1, dtype=torch.float32)
     return Call(
         layer=layer,
-        batch=Batch(
-            phase,
-            num_reqs=reqs,
-            max_query_len=int(query_lens.max()),
-            max_seq_len=longest,
-            uniform=bool((query_lens == query_lens[0]).all()),
-            fresh=phase == ENCODER,
+        phase=Phase(
+            batch=Batch(
+                kind,
+                num_reqs=reqs,
+                max_query_len=int(query_lens.max()),
+                max_seq_len=longest,
+                uniform=bool((query_lens == query_lens[0]).all()),
+                fresh=kind == ENCODER,
+            ),
+            rows=slice(0, tokens),
+            query_start_loc=starts.to(device),
+            query_start_loc_cpu=starts,
+            seq_lens=seq_lens.to(device),
+            seq_lens_cpu=seq_lens,
+            block_table=torch.zeros(
+                reqs, -(-longest // case.block_size), dtype=torch.int32, device=device
+            ),
         ),
         query=query,
         key=key,
@@ -104,13 +115,6 @@ def _call(
         key_cache=key_cache,
         value_cache=value_cache,
         out=empty(tokens, case.num_heads, case.head_size),
-        query_start_loc=starts.to(device),
-        seq_lens=seq_lens.to(device),
-        block_table=torch.zeros(
-            reqs, -(-longest // case.block_size), dtype=torch.int32, device=device
-        ),
-        query_start_loc_cpu=starts,
-        seq_lens_cpu=seq_lens,
         scale=case.head_size**-0.5,
         alibi_slopes=empty(case.num_heads, dtype=torch.float32) if case.alibi else None,
         sinks=empty(case.num_heads) if case.sinks else None,

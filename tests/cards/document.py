@@ -139,7 +139,7 @@ def _rules() -> Iterator[str]:
         fitting = [
             name
             for name, card in CARDS.items()
-            if card.device.kind in rule.kinds
+            if card.device.kind in rule.devices
             and rule.capability[0] <= card.device.capability <= rule.capability[1]
         ]
         return ", ".join(fitting)
@@ -150,7 +150,7 @@ def _rules() -> Iterator[str]:
         yield f"- {names}"
         for rule in rules:
             order = ", ".join(op for op in rule.order if op != "torch")
-            yield f"  - {rule.phase}{_bounds(rule)}: {order}. Why: {rule.why}."
+            yield f"  - {rule.kind}{_bounds(rule)}: {order}. Why: {rule.why}."
 
 
 def _bounds(rule: Rule) -> str:

@@ -21,8 +21,9 @@ from tests.cards.calls import META, calls
 from tests.cards.cards import Card
 from tests.cards.tile import BYTES, Tile
 from xfv1.device import Device
-from xfv1.kernels import paged
-from xfv1.kernels.tiling import MAX_PREFILL_ROWS, Config
+from xfv1.kernels.paged import launch as host
+from xfv1.kernels.paged.device import _merge_kernel
+from xfv1.kernels.paged.tiling import MAX_PREFILL_ROWS, Config
 from xfv1.ops.base import Call
 from xfv1.ops.triton_paged import TritonPaged
 
@@ -53,7 +54,7 @@ class Launch:
     @property
     def tile(self) -> Tile:
         fixed = self.fixed
-        if self.kernel is paged._merge_kernel:
+        if self.kernel is _merge_kernel:
             config = Config(1, fixed["BLOCK_S"], *self.options.values())
             return Tile(config, (fixed["D"], 0), BYTES["fp32"], merges=True)
         query, keys = (
@@ -99,7 +100,7 @@ def recording(device: Device) -> Iterator[list[Launch]]:
     try:
         with (
             knobs.runtime.scope(),
-            mock.patch.object(paged, "device_of", return_value=device),
+            mock.patch.object(host, "device_of", return_value=device),
         ):
             knobs.runtime.jit_cache_hook = keep
             yield launches
@@ -120,8 +121,9 @@ def launches_of(cases: Iterable[AttnCase], card: Card) -> list[Launch]:
         layer = dataclasses.replace(call.layer, **facts)
         # An encoder's row table, which PyTorch takes long to compute of meta tensors.
         size = call.batch.num_reqs, call.batch.max_query_len
-        plans = {"row_table": torch.empty(size, dtype=torch.int32, device=META)}
-        op.run(dataclasses.replace(call, layer=layer, plans=plans))
+        phase = call.phase.changed()
+        phase.once("row_table", lambda: torch.empty(size, dtype=torch.int32, device=META))
+        op.run(dataclasses.replace(call, layer=layer, phase=phase))
 
     with recording(device) as launches:
         for case in cases:
@@ -131,12 +133,12 @@ def launches_of(cases: Iterable[AttnCase], card: Card) -> list[Launch]:
                     continue
                 run(call)
                 rows = min(batch.max_query_len * layer.group, MAX_PREFILL_ROWS)
-                shape = layer.head_size, layer.dtype, layer.kv_dtype, rows, batch.phase
+                shape = layer.head_size, layer.dtype, layer.kv_dtype, rows, batch.kind
                 if shape not in shapes:
                     shapes.add(shape)
                     run(call, batch_invariant=True)
                     long = dataclasses.replace(batch, num_reqs=1, max_seq_len=LONG)
-                    run(dataclasses.replace(call, batch=long))
+                    run(dataclasses.replace(call, phase=call.phase.changed(batch=long)))
     return launches
 
 

@@ -18,8 +18,10 @@ from fixtures.cases import AttnCase
 from tests.cards.calls import layer_of
 from tests.cards.cards import CARDS, Card
 from xfv1 import dispatch
-from xfv1.ops import vllm_fa, xformers_base
-from xfv1.ops.base import DECODE, ENCODER, PREFILL, Batch, Layer
+from xfv1.ops import vllm_fa
+from xfv1.ops.base import Layer
+from xfv1.ops.xformers import base as xformers
+from xfv1.phase import DECODE, ENCODER, PREFILL, Batch
 
 TABLE = Path(__file__).with_name("picks.txt")
 INSTALLED = {"vllm": True, "xformers": True, "triton": True, "flash_attn_3": False}
@@ -54,7 +56,7 @@ BATCHES = {
     "prefill": _PREFILL,
     "short": dataclasses.replace(_PREFILL, max_query_len=8),
     "fresh": _WHOLE,
-    "encoder": dataclasses.replace(_WHOLE, phase=ENCODER),
+    "encoder": dataclasses.replace(_WHOLE, kind=ENCODER),
 }
 MEANING = {
     "decode": "32 requests of one token over 4096 keys",
@@ -90,7 +92,7 @@ def everything_installed() -> Iterator[None]:
     with (
         mock.patch.object(importlib.util, "find_spec", find_spec),
         mock.patch.object(vllm_fa, "_unavailable", return_value=None),
-        mock.patch.object(xformers_base, "_unavailable", return_value=None),
+        mock.patch.object(xformers, "_unavailable", return_value=None),
         mock.patch.dict("os.environ", {"XFV1_OPS": ""}),
     ):
         yield

@@ -43,20 +43,21 @@ class OnCard(torch.Tensor):
 
 def on_card(call: Call) -> Call:
     """The call with what its op looks at on a GPU. What it makes tensors beside stays."""
-    names = ("query", "key", "value", "key_cache", "value_cache", "out", "query_start_loc")
+    names = ("query", "key", "value", "key_cache", "value_cache", "out")
     moved = {
         name: tensor.as_subclass(OnCard)
         for name in names
         if (tensor := getattr(call, name)) is not None
     }
-    return dataclasses.replace(call, **moved)
+    starts = call.phase.query_start_loc.as_subclass(OnCard)
+    return dataclasses.replace(call, phase=call.phase.changed(query_start_loc=starts), **moved)
 
 
 def call_of(case: AttnCase, phase: str, card: Card) -> Call:
     """A small call of a phase."""
     call = list(calls(small(case, phase), torch.device("cpu"), SMALL, card.fnuz))[-1]
     batch = dataclasses.replace(call.batch, fresh=phase in ("fresh", "encoder"))
-    return dataclasses.replace(call, batch=batch)
+    return dataclasses.replace(call, phase=call.phase.changed(batch=batch))
 
 
 def refused_by_library(op: str, case: AttnCase, phase: str, card: Card) -> str:

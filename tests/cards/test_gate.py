@@ -22,8 +22,9 @@ from tests.cards.document import PAGE, load, page
 from tests.cards.gate import SPILLED, Compiled, compiled, problems
 from tests.cards.launches import recording
 from tests.cards.picks import BATCHES, LAYERS, case_of, picks, small
-from xfv1.kernels import paged
-from xfv1.kernels.tiling import Config, prefill_config
+from xfv1.kernels.paged import launch as host
+from xfv1.kernels.paged.device import _attention_kernel
+from xfv1.kernels.paged.tiling import Config, prefill_config
 from xfv1.ops.triton_paged import TritonPaged
 
 RESULTS = load()
@@ -95,11 +96,11 @@ def test_an_h100s_tile_is_seen_not_to_fit_an_a10(
     case = AttnCase(scenario="tall_prefill", head_size=256)
     with (
         recording(device) as launches,
-        mock.patch.object(paged, "prefill_config", return_value=config),
+        mock.patch.object(host, "prefill_config", return_value=config),
     ):
         for call in calls(case, META):
             TritonPaged().run(call)
-    (launch,) = (launch for launch in launches if launch.kernel is paged._attention_kernel)
+    (launch,) = (launch for launch in launches if launch.kernel is _attention_kernel)
     assert device.shared_memory < shared_memory(launch, device) <= launch.tile.most(device)
 
 

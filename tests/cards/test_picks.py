@@ -63,7 +63,7 @@ def test_bounds_are_those_of_xformers_classes() -> None:
     """What xfv1 says of an op's capabilities is what the installed xFormers says."""
     from xformers.ops import fmha
 
-    from xfv1.ops.xformers_varlen import VARLEN_OPS
+    from xfv1.ops.xformers.varlen import VARLEN_OPS
 
     for op in VARLEN_OPS:
         if "cuda" in op.kinds:

@@ -14,7 +14,7 @@ import pytest
 from tests.cards.cards import CARDS, KIB
 from tests.cards.tile import BYTES, Tile
 from xfv1.device import Device
-from xfv1.kernels.tiling import (
+from xfv1.kernels.paged.tiling import (
     MAX_DECODE_ROWS,
     MAX_PREFILL_ROWS,
     Config,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from xfv1.device import Device
-from xfv1.kernels.tiling import Config, shared_memory
+from xfv1.kernels.paged.tiling import Config, shared_memory
 
 # Triton's names of what keys are stored as; "u8" are bytes of float8_e4m3fn, decoded by xfv1.
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp8e4nv": 1, "fp8e4b8": 1, "fp8e5": 1, "u8": 1}

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from xfv1.ops.base import DECODE, Call
+from xfv1.ops.base import Call
+from xfv1.phase import DECODE
 
 Fault = Callable[[Call], Call]
 # These two faults change the answers of every model.
@@ -14,11 +15,16 @@ KEY_FAULTS = ("newest_key_lost", "one_key_ahead")
 
 def _keys(more: int) -> Fault:
     """Each request has so many keys more than it should."""
-    return lambda call: replace(call, seq_lens=(call.seq_lens + more).clamp(min=0))
+
+    def fault(call: Call) -> Call:
+        lens = (call.phase.seq_lens + more).clamp(min=0)
+        return replace(call, phase=replace(call.phase, seq_lens=lens))
+
+    return fault
 
 
 def _newest_key_lost_at_decode(call: Call) -> Call:
-    return _keys(-1)(call) if call.batch.phase == DECODE else call
+    return _keys(-1)(call) if call.batch.kind == DECODE else call
 
 
 def _scale_of_head_size(call: Call) -> Call:

@@ -6,14 +6,15 @@ import torch
 
 from fixtures.inputs import TORCH_DTYPES, AttnInputs
 from tests.harness.oracle import written_cache
-from xfv1.ops.base import DECODE, ENCODER, PREFILL, Batch, Call, Layer
+from xfv1.ops.base import Call, Layer
+from xfv1.phase import DECODE, ENCODER, PREFILL, Batch, Phase
 
 
 def whole_call(inputs: AttnInputs) -> Call:
     """The whole batch in one call, as one phase that wants the LSE too."""
     case = inputs.case
     dtype = TORCH_DTYPES[case.dtype]
-    encoder, rows = not case.paged, slice(case.num_tokens)
+    encoder, rows = not case.paged, slice(0, case.num_tokens)
     longest = max(case.query_lens)
     cache = written_cache(inputs)[0]
     caches = (None, None) if encoder else inputs.split_cache(cache)
@@ -37,15 +38,23 @@ def whole_call(inputs: AttnInputs) -> Call:
             sinks=case.sinks,
             causal=case.causal,
         ),
-        batch=Batch(
-            ENCODER if encoder else DECODE if len(set(case.query_lens)) == 1 else PREFILL,
-            num_reqs=inputs.num_reqs,
-            max_query_len=longest,
-            max_seq_len=max(case.seq_lens),
-            uniform=len({*case.query_lens, *(0,) * case.pad_reqs}) == 1,
-            fresh=encoder,
-            token_major=cache.stride(0) == cache.stride(2) * case.block_size,
-            lse=True,
+        phase=Phase(
+            batch=Batch(
+                ENCODER if encoder else DECODE if len(set(case.query_lens)) == 1 else PREFILL,
+                num_reqs=inputs.num_reqs,
+                max_query_len=longest,
+                max_seq_len=max(case.seq_lens),
+                uniform=len({*case.query_lens, *(0,) * case.pad_reqs}) == 1,
+                fresh=encoder,
+                token_major=cache.stride(0) == cache.stride(2) * case.block_size,
+                lse=True,
+            ),
+            rows=rows,
+            query_start_loc=inputs.query_start_loc,
+            query_start_loc_cpu=inputs.query_start_loc.cpu(),
+            seq_lens=inputs.seq_lens,
+            seq_lens_cpu=inputs.seq_lens.cpu(),
+            block_table=inputs.block_table,
         ),
         query=inputs.query[rows],
         key=inputs.key[rows] if own else None,
@@ -53,11 +62,6 @@ def whole_call(inputs: AttnInputs) -> Call:
         key_cache=caches[0],
         value_cache=caches[1],
         out=torch.empty_like(inputs.query[rows]),
-        query_start_loc=inputs.query_start_loc,
-        seq_lens=inputs.seq_lens,
-        block_table=inputs.block_table,
-        query_start_loc_cpu=inputs.query_start_loc.cpu(),
-        seq_lens_cpu=inputs.seq_lens.cpu(),
         scale=inputs.scale,
         alibi_slopes=inputs.alibi_slopes,
         sinks=inputs.sinks,

@@ -611,7 +611,7 @@ def _watched_ops(fault: str) -> Iterator[Ops]:
             run(FAULTS[ops.fault](call) if ops.fault else call)
             captured = cuda and torch.cuda.is_current_stream_capturing()
             counts = ops.captured if captured else ops.calls
-            counts[f"{name} {call.batch.phase} {call.batch.max_query_len}"] += 1
+            counts[f"{name} {call.batch.kind} {call.batch.max_query_len}"] += 1
 
         return call
 

@@ -26,7 +26,7 @@ from tests.harness.oracle import expected
 from tests.integration.calls import whole_call
 from xfv1.device import device_of
 from xfv1.dispatch import OPS
-from xfv1.kernels import paged
+from xfv1.kernels.paged import launch
 
 # Multiplications that the reference, and an instrumented kernel, do in about a second.
 SMALL = 1e9
@@ -43,8 +43,8 @@ def answers(
     for mode in MODES:
         call = whole_call(given)
         call.layer = dataclasses.replace(call.layer, batch_invariant=mode == "invariant")
-        keys = KEYS_PER_SPLIT if mode == "split" else paged.MIN_SPLIT_KEYS
-        with mock.patch.object(paged, "MIN_SPLIT_KEYS", keys):
+        keys = KEYS_PER_SPLIT if mode == "split" else launch.MIN_SPLIT_KEYS
+        with mock.patch.object(launch, "MIN_SPLIT_KEYS", keys):
             OPS["triton"].run(call)
         assert call.lse is not None
         yield mode, Outcome(call.out.cpu(), inputs.storage), call.lse.cpu()

@@ -332,8 +332,10 @@ def test_while_a_graph_is_captured_nothing_on_the_device_is_read(
 
     def check() -> None:
         metadata = step.build()
-        debug.check_update(step.impl, *writes, step.slot_mapping)
-        debug.check_forward(step.impl, step.query, *writes, metadata, step.output)
+        layer, slots = step.impl._checked, step.slot_mapping
+        debug.check_update(layer, *writes, slots)
+        tensors = (step.query, *writes, metadata.slot_mapping, step.output)
+        debug.check_forward(layer, metadata.whole, *tensors, cross=False)
 
     with pytest.raises(NotImplementedError, match="meta"):
         check()

@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from tests.cards.cards import CARDS
-from xfv1 import compat, dispatch
+from xfv1 import cache, compat, dispatch, support
 from xfv1.device import Device
-from xfv1.dispatch import OPS, NoOp, choose, layer_reasons, order_of
-from xfv1.ops import vllm_fa, xformers_base
-from xfv1.ops.base import DECODE, ENCODER, PHASES, PREFILL, Batch, Layer
+from xfv1.dispatch import OPS, NoOp, choose, order_of
+from xfv1.ops import vllm_fa
+from xfv1.ops.base import Layer
+from xfv1.ops.xformers import base as xformers
+from xfv1.phase import DECODE, ENCODER, KINDS, PREFILL, Batch, Phase
 from xfv1.rules import RULES, Rule
+from xfv1.support import layer_reasons
 
 pytestmark = pytest.mark.cpu
 
@@ -115,7 +118,7 @@ IGNORES = {
 
 Install = Callable[..., None]
 # What the fixture below replaces.
-UNAVAILABLE = xformers_base._unavailable
+UNAVAILABLE = xformers._unavailable
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +138,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
         monkeypatch.setattr(importlib.util, "find_spec", find_spec)
         monkeypatch.setattr(vllm_fa, "_unavailable", unavailable)
         # A build with all of xFormers' ops.
-        monkeypatch.setattr(xformers_base, "_unavailable", lambda module: None)
+        monkeypatch.setattr(xformers, "_unavailable", lambda module: None)
         dispatch._choose.cache_clear()
 
     monkeypatch.delenv("XFV1_OPS", raising=False)
@@ -306,7 +309,7 @@ def unavailable(monkeypatch: pytest.MonkeyPatch, found: Any) -> list[str]:
             raise found
         return found
 
-    monkeypatch.setattr(xformers_base, "_unavailable", UNAVAILABLE.__wrapped__)
+    monkeypatch.setattr(xformers, "_unavailable", UNAVAILABLE.__wrapped__)
     monkeypatch.setattr(importlib, "import_module", import_module)
     return OPS["xformers_fa2"].not_supported_reasons(PLAIN, FRESH, AMPERE)
 
@@ -343,7 +346,7 @@ def test_an_op_that_this_build_of_xformers_lacks_is_not_offered(
 
 def test_the_next_op_serves_where_xformers_lacks_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(PLAIN, FRESH, MI300).name == "xformers_ck"
-    monkeypatch.setattr(xformers_base, "_unavailable", lambda module: f"no {module}")
+    monkeypatch.setattr(xformers, "_unavailable", lambda module: f"no {module}")
     dispatch._choose.cache_clear()
     assert choose(PLAIN, FRESH, MI300).name == "triton"
     assert choose(PLAIN, DECODES, MI300).name == "triton"
@@ -356,7 +359,7 @@ def test_xformers_is_asked_once_and_only_where_it_might_serve(
     """It takes a second to import."""
     assert hasattr(UNAVAILABLE, "cache_clear")
     asked: list[str] = []
-    monkeypatch.setattr(xformers_base, "_unavailable", asked.append)
+    monkeypatch.setattr(xformers, "_unavailable", asked.append)
     for op in OPS.values():
         for batch in BATCHES.values():
             op.not_supported_reasons(PLAIN, batch, CPU)
@@ -367,7 +370,7 @@ def test_xformers_is_asked_once_and_only_where_it_might_serve(
 def test_amd_is_given_its_own_ops(batch: Batch) -> None:
     order = order_of(PLAIN, batch, MI300)
     assert "triton" in order
-    assert batch.phase == DECODE or "xformers_ck" in order
+    assert batch.kind == DECODE or "xformers_ck" in order
     able = [n for n in order if not OPS[n].not_supported_reasons(PLAIN, batch, MI300)]
     assert "triton" in able
     assert set(able) <= {"triton", "xformers_splitk", "xformers_ck"}
@@ -378,10 +381,10 @@ def test_rules_name_ops_that_exist_once_each() -> None:
     for rule in RULES:
         assert set(rule.order) <= OPS.keys()
         assert len(set(rule.order)) == len(rule.order)
-        assert rule.phase in PHASES
+        assert rule.kind in KINDS
         assert rule.why
-        assert set(rule.kinds) < {"cuda", "hip", "cpu"}
-        assert len(rule.kinds) == 1
+        assert set(rule.devices) < {"cuda", "hip", "cpu"}
+        assert len(rule.devices) == 1
 
 
 def test_only_hoppers_rules_are_measured() -> None:
@@ -390,7 +393,7 @@ def test_only_hoppers_rules_are_measured() -> None:
     measured = [rule for rule in RULES if rule.why.startswith("measured: ")]
     assert len(measured) == 4
     for rule in measured:
-        batch = Batch(rule.phase, num_reqs=4, max_seq_len=4096, max_query_len=64)
+        batch = Batch(rule.kind, num_reqs=4, max_seq_len=4096, max_query_len=64)
         layer = dataclasses.replace(PLAIN, head_size=max(rule.head_sizes[0], 64))
         fitting = [name for name, device in DEVICES.items() if rule.fits(layer, batch, device)]
         assert fitting == ["sm_90"]
@@ -404,7 +407,7 @@ RULE = Rule(
     seq_lens=(256, 4096),
     query_lens=(1, 32),
     dtypes=(torch.float16,),
-    kinds=("cuda",),
+    devices=("cuda",),
     capability=((8, 0), (9, 0)),
 )
 
@@ -422,31 +425,31 @@ RULE = Rule(
         *((False, {"max_query_len": n}) for n in (0, 33)),
         *((True, {"capability": n}) for n in ((8, 0), (8, 6), (9, 0))),
         *((False, {"capability": n}) for n in ((7, 5), (9, 1), (10, 0))),
-        *((False, {"kind": kind}) for kind in ("hip", "cpu")),
+        *((False, {"device": kind}) for kind in ("hip", "cpu")),
         (False, {"dtype": torch.bfloat16}),
-        (False, {"phase": PREFILL}),
+        (False, {"kind": PREFILL}),
     ],
     ids=str,
 )
 def test_a_rules_bounds_are_within_it(fits: bool, facts: dict[str, Any]) -> None:
     all_facts: dict[str, Any] = {
-        "phase": DECODE,
+        "kind": DECODE,
         "num_reqs": 4,
         "max_seq_len": 1024,
         "head_size": 128,
         "dtype": torch.float16,
-        "kind": "cuda",
+        "device": "cuda",
         "capability": (8, 0),
     } | facts
     layer: Any
     batch: Any
-    device: Any
-    layer, batch, device = (
+    layer, batch = (
         dataclasses.replace(of, **{k: v for k, v in all_facts.items() if hasattr(of, k)})
-        for of in (PLAIN, DECODES, AMPERE)
+        for of in (PLAIN, DECODES)
     )
+    device = Device(all_facts["device"], all_facts["capability"])
     assert RULE.fits(layer, batch, device) == fits
-    anything = Rule(batch.phase, ("triton",))
+    anything = Rule(batch.kind, ("triton",))
     assert anything.fits(layer, batch, device)
 
 
@@ -465,8 +468,8 @@ def test_batches_are_told_apart_by_powers_of_two(monkeypatch: pytest.MonkeyPatch
     assert [batch.max_query_len for batch in seen[8:]] == [1, 63, 64, 64]
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_rule_fits_whatever_a_phase_brings(phase: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rule_fits_whatever_a_phase_brings(kind: str) -> None:
     """And each ends with what serves all layers: Triton's op on a GPU, PyTorch's on a CPU."""
     fitting = set()
     for device in DEVICES.values():
@@ -474,9 +477,9 @@ def test_a_rule_fits_whatever_a_phase_brings(phase: str) -> None:
             layer = dataclasses.replace(PLAIN, head_size=head_size)
             for num_reqs in (1, 8, 256, 4096):
                 for max_seq_len in (1, 512, 8192, 1 << 20):
-                    batch = Batch(phase, num_reqs=num_reqs, max_seq_len=max_seq_len)
+                    batch = Batch(kind, num_reqs=num_reqs, max_seq_len=max_seq_len)
                     fitting.add(next(r for r in RULES if r.fits(layer, batch, device)))
-    assert {rule.phase for rule in fitting} == {phase}
+    assert {rule.kind for rule in fitting} == {kind}
     assert all({"triton", "torch"} <= set(rule.order) for rule in fitting)
 
 
@@ -485,7 +488,6 @@ def test_layers_alike_but_for_whose_keys_they_read_choose_each_their_own_op(
 ) -> None:
     """A layer that reads another's cache has no fresh keys, though all else of it is the same."""
     from xfv1.impl import XFormersImpl
-    from xfv1.metadata import Phase
 
     asked: list[Batch] = []
     choose = dispatch.choose
@@ -496,7 +498,7 @@ def test_layers_alike_but_for_whose_keys_they_read_choose_each_their_own_op(
 
     own = XFormersImpl(8, 64, 0.125, 2)
     shared = XFormersImpl(8, 64, 0.125, 2, kv_sharing_target_layer_name="model.layers.0.attn")
-    cache = torch.zeros(4, 2, 16, 128)
+    pages = torch.zeros(4, 2, 16, 128)
     lens = torch.tensor([0, 5, 12], dtype=torch.int32)
     batch = Batch(PREFILL, num_reqs=2, max_query_len=7, max_seq_len=7, uniform=False, fresh=True)
     table = torch.zeros(2, 1, dtype=torch.int32)
@@ -504,7 +506,7 @@ def test_layers_alike_but_for_whose_keys_they_read_choose_each_their_own_op(
     monkeypatch.setattr(dispatch, "choose", record)
     for impl in (own, shared, own):
         facts = impl._layer(torch.float32, 16, True)
-        batch = impl._batch(phase.batch, phase, impl._split(cache))
+        batch = impl._batch(phase.batch, phase, cache.views(pages, 64, None))
         impl._op(facts, batch, phase, torch.zeros(12, 8, 64))
     assert [batch.fresh for batch in asked] == [True, False]
 
@@ -537,7 +539,7 @@ def test_a_layer_is_asked_about_for_what_it_is(
         asked.append((layer, kind))
         return []
 
-    monkeypatch.setattr(dispatch, "layer_reasons", record)
+    monkeypatch.setattr(support, "layer_reasons", record)
     monkeypatch.setattr(compat, "speculates", lambda: attn_type.startswith("drafting"))
     XFormersImpl(8, 64, 0.125, 2, attn_type=attn_type.removeprefix("drafting "))
     for layer, kind in asked:
@@ -555,7 +557,7 @@ def test_a_drafting_servers_layer_is_refused_once_for_what_nobody_serves(
     def refuse(layer: Layer, device: Device, *, host_lens: bool = True, **kind: Any) -> list[str]:
         return ["neither"] if host_lens else ["neither", "only so"]
 
-    monkeypatch.setattr(dispatch, "layer_reasons", refuse)
+    monkeypatch.setattr(support, "layer_reasons", refuse)
     monkeypatch.setattr(compat, "speculates", lambda: True)
     with pytest.raises(NotImplementedError, match=r"^xfv1: neither; only so$"):
         XFormersImpl(8, 64, 0.125, 2)

@@ -13,8 +13,8 @@ from tests.harness.candidate import bits
 from tests.harness.environment import has_xformers
 from tests.integration.calls import whole_call
 from tests.museum.twins import GatheredOp
-from xfv1.ops import gather
-from xfv1.ops.gather import contiguous_bias, contiguous_kv, picked, pieces
+from xfv1.ops.xformers import gather
+from xfv1.ops.xformers.gather import contiguous_bias, contiguous_kv, picked, pieces
 
 # What an op of xFormers is given is made of xFormers' own masks.
 needs_xformers = pytest.mark.skipif(not has_xformers(), reason="xformers is not installed")
@@ -95,14 +95,14 @@ def test_pieces_are_the_whole_within_what_may_be_gathered(
     assert torch.equal(torch.cat([k for k, _ in gathered]), key)
     assert torch.equal(torch.cat([v for _, v in gathered]), value)
     for piece in cut:
-        starts = piece.query_start_loc_cpu
-        assert torch.equal(piece.query_start_loc.cpu(), starts)
+        phase, starts = piece.phase, piece.phase.query_start_loc_cpu
+        assert torch.equal(phase.query_start_loc.cpu(), starts)
         assert piece.query.shape[0] == piece.out.shape[0] == starts[-1]
-        assert piece.batch.num_reqs == len(piece.seq_lens) == len(piece.block_table)
+        assert piece.batch.num_reqs == len(phase.seq_lens) == len(phase.block_table)
         assert piece.batch.max_query_len == starts.diff().max()
-        assert piece.seq_lens_cpu is not None
-        assert torch.equal(piece.seq_lens.cpu(), piece.seq_lens_cpu)
-        assert piece.batch.max_seq_len == piece.seq_lens_cpu.max()
+        assert phase.seq_lens_cpu is not None
+        assert torch.equal(phase.seq_lens.cpu(), phase.seq_lens_cpu)
+        assert piece.batch.max_seq_len == phase.seq_lens_cpu.max()
     assert call.lse is not None
     assert [piece.lse.data_ptr() for piece in cut if piece.lse is not None] == [
         call.lse[first:].data_ptr()
@@ -141,8 +141,7 @@ def test_pieces_are_cut_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     first, again = list(pieces(call)), list(pieces(call))
     assert len(first) > 1
     for one, other in zip(first, again, strict=True):
-        assert one.plans is other.plans
-        assert one.block_table is other.block_table
+        assert one.phase is other.phase
 
 
 @needs_xformers
@@ -160,5 +159,5 @@ def test_a_request_without_tokens_is_no_piece(monkeypatch: pytest.MonkeyPatch) -
 def test_a_prompts_own_keys_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather, "MAX_GATHERED", 1)
     call = whole_call(build_inputs(AttnCase(scenario="fresh_prefill")))
-    fresh = replace(call, batch=replace(call.batch, fresh=True))
+    fresh = replace(call, phase=call.phase.changed(batch=replace(call.batch, fresh=True)))
     assert list(pieces(fresh)) == [fresh]

@@ -13,13 +13,14 @@ from tests.harness.candidate import Driver, drive, new_output
 from tests.harness.environment import has_xformers
 from tests.integration import test_dispatch
 from tests.integration.calls import whole_call
-from xfv1 import compat, dispatch
+from xfv1 import compat, dispatch, support
 from xfv1.backend import XFormersAttentionBackend
 from xfv1.device import Device
 from xfv1.impl import XFormersImpl
-from xfv1.ops.base import Batch, Call, Layer
+from xfv1.ops.base import Call, Layer
 from xfv1.ops.torch_cpu import TorchCpu
-from xfv1.ops.xformers_base import packed_lse, pages_info, query_info
+from xfv1.ops.xformers.base import packed_lse, pages_info, query_info
+from xfv1.phase import Batch
 
 pytestmark = pytest.mark.cpu
 
@@ -95,7 +96,7 @@ def test_phases_are_run_together_where_one_op_would_have_them_so(
     inputs, driver = driven(MIXED)
     one, other = Recording(ragged), Recording(ragged)
     ops = {"decode": one, "prefill": one if same else other}
-    monkeypatch.setattr(dispatch, "choose", lambda layer, batch, device: ops[batch.phase])
+    monkeypatch.setattr(dispatch, "choose", lambda layer, batch, device: ops[batch.kind])
     driver.run(inputs)
     assert [len(call.query) for call in one.calls + other.calls] == rows
 
@@ -108,7 +109,7 @@ def test_an_encoder_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "choose", lambda layer, batch, device: op)
     driver.run(inputs)
     (call,) = op.calls
-    assert (call.batch.phase, len(call.query), call.batch.max_seq_len) == ("encoder", 11, 9)
+    assert (call.batch.kind, len(call.query), call.batch.max_seq_len) == ("encoder", 11, 9)
     assert call.key_cache is None
     assert call.batch.fresh
 
@@ -166,10 +167,10 @@ def test_xformers_is_told_the_lengths_there_are(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(dispatch, "choose", lambda layer, batch, device: op)
     driver.run(inputs)
     (call,) = op.calls
-    queries = query_info(call)
+    queries = query_info(call.phase)
     assert (queries.min_seqlen, queries.max_seqlen) == (1, 5)
     assert queries.seqstart.tolist() == queries.seqstart_py == [0, 1, 2, 7, 12]
-    pages = pages_info(call, 64)
+    pages = pages_info(call.phase, 64)
     assert pages.seqstart.tolist() == pages.seqstart_py == [0, 64, 128, 192, 256]
     assert pages.seqlen.tolist() == [32, 40, 48, 56]
     assert (pages.padding, pages.max_seqlen) == (64, 56)
@@ -187,7 +188,7 @@ def test_the_lse_is_found_where_each_op_leaves_it() -> None:
     padded = torch.full(
         (len(case.query_lens), *by_head.shape[:2], max(case.query_lens) + 3), torch.nan
     )
-    starts = call.query_start_loc.tolist()
+    starts = call.phase.query_start_loc.tolist()
     for request, query_len in enumerate(case.query_lens):
         own = slice(starts[request], starts[request + 1])
         padded[request, :, :, :query_len] = by_head[:, :, own]
@@ -226,8 +227,8 @@ def test_a_model_without_windows_beside_its_prompt_is_served(
         model_config=model, cache_config=SimpleNamespace(), speculative_config=None
     )
     for config in (made, None):
-        monkeypatch.setattr(compat, "_served", lambda config=config: config)
-        assert compat.model_reasons() == []
+        monkeypatch.setattr(compat, "served_config", lambda config=config: config)
+        assert support.model_reasons() == []
         assert XFormersImpl(8, 64, 0.125, 2).head_size == 64
 
 
@@ -237,6 +238,6 @@ def test_windows_beside_a_whole_prompt_are_refused(monkeypatch: pytest.MonkeyPat
     made = SimpleNamespace(
         model_config=model, cache_config=SimpleNamespace(), speculative_config=None
     )
-    monkeypatch.setattr(compat, "_served", lambda: made)
+    monkeypatch.setattr(compat, "served_config", lambda: made)
     with pytest.raises(NotImplementedError, match="rswa_window=64"):
         XFormersImpl(8, 64, 0.125, 2)

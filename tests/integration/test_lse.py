@@ -97,7 +97,7 @@ def test_a_query_that_sees_no_key_gives_zeros(
 ) -> None:
     """And an LSE of minus infinity, or of the sink: what merging it with other keys needs."""
     call = _decodes(name, device)
-    call.seq_lens = torch.zeros_like(call.seq_lens)
+    call.phase.seq_lens = torch.zeros_like(call.phase.seq_lens)
     if sink is not None:
         call.sinks = torch.full(call.query.shape[1:2], sink, device=device)
     OPS[name].run(call)
@@ -111,8 +111,8 @@ def test_a_query_that_sees_no_key_gives_zeros(
 def test_a_query_that_sees_no_key_weighs_nothing(name: str, device: torch.device) -> None:
     """Merged with the keys of another rank, of which it may have none here."""
     call = _decodes(name, device)
-    call.seq_lens = call.seq_lens.clone()
-    call.seq_lens[1] = 0
+    call.phase.seq_lens = call.phase.seq_lens.clone()
+    call.phase.seq_lens[1] = 0
     OPS[name].run(call)
     assert call.lse is not None
     empty = torch.arange(len(call.lse), device=device) == 1

@@ -18,7 +18,7 @@ from tests.harness.candidate import common_metadata, drive
 from tests.harness.compare import check_against_reference
 from tests.harness.report import Recorder
 from xfv1.backend import XFormersAttentionBackend
-from xfv1.ops.base import DECODE, PREFILL
+from xfv1.phase import DECODE, PREFILL
 
 # (scenario, the phases it has).
 STEPS = {
@@ -63,7 +63,7 @@ def test_updated_table_equals_a_build_with_it(
         slot_mapping=common.slot_mapping + 7,
     )
     built = builder.build(0, common)
-    assert [phase.batch.phase for phase in built.phases] == phases
+    assert [phase.batch.kind for phase in built.phases] == phases
     # What layers of the first group have planned is of its blocks.
     for phase in (built.whole, *built.phases):
         phase.plans["made of"] = phase.block_table
@@ -106,7 +106,7 @@ def test_drafting_after_verification_equals_a_build(device: torch.device, record
     )
     drafting = driver.builder.build_for_drafting(common_attn_metadata=common, draft_index=1)
     assert_same(drafting, driver.builder.build(0, common, fast_build=True))
-    assert [phase.batch.phase for phase in drafting.phases] == [DECODE]
+    assert [phase.batch.kind for phase in drafting.phases] == [DECODE]
     check_against_reference(inputs, driver.step(inputs.copied(device), drafting), record)
 
 
@@ -136,6 +136,6 @@ def test_a_capture_is_of_decodes_with_context(name: str, device: torch.device) -
     driver = drive(XFormersAttentionBackend, case, device)
     metadata = driver.metadata_to_capture(as_captured(build_inputs(case, device)))
     (phase,) = metadata.phases
-    assert phase.batch.phase == DECODE
+    assert phase.batch.kind == DECODE
     assert not phase.batch.fresh
     assert phase.batch.max_seq_len == driver.config.model_config.max_model_len

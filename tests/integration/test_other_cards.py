@@ -18,7 +18,7 @@ from tests.cards.cards import CARDS
 from tests.integration.interpreted import passed_in_interpreter
 from tests.integration.test_splits import DECODES, check_answer
 from xfv1.device import device_of
-from xfv1.kernels import paged
+from xfv1.kernels.paged import device, launch
 
 # Of each way to tile that is not an H100's: no tensor cores, less shared memory, wavefronts of 64,
 # few registers.
@@ -50,7 +50,7 @@ def own_kernel(device: torch.device) -> None:
 def test_another_cards_tilings_give_the_references_answer(
     name: str, sample: AttnCase, device: torch.device
 ) -> None:
-    with mock.patch.object(paged, "device_of", return_value=CARDS[name].device):
+    with mock.patch.object(launch, "device_of", return_value=CARDS[name].device):
         check_answer(sample, SPLITS, device)
 
 
@@ -77,7 +77,7 @@ def decode(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     @triton.jit
     def kernel(codes, decoded, COUNT: tl.constexpr):
         at = tl.arange(0, COUNT)
-        tl.store(decoded + at, paged._widened(tl.load(codes + at), decoded.dtype.element_ty))
+        tl.store(decoded + at, device._widened(tl.load(codes + at), decoded.dtype.element_ty))
 
     decoded = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     kernel[(1,)](codes, decoded, codes.numel())

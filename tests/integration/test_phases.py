@@ -14,8 +14,7 @@ from tests.harness.candidate import Driver, common_metadata, drive
 from tests.harness.compare import check_output
 from tests.harness.oracle import expected
 from xfv1.backend import XFormersAttentionBackend
-from xfv1.metadata import Phase
-from xfv1.ops.base import DECODE, PREFILL
+from xfv1.phase import DECODE, PREFILL, Phase
 
 pytestmark = pytest.mark.cpu
 
@@ -77,7 +76,7 @@ def check_phase(phase: Phase, split: Split, inputs: AttnInputs, requests: slice,
     assert torch.equal(phase.block_table, inputs.block_table[first:last])
     if case.attention != "cross":
         assert phase.seq_lens.tolist() == keys
-    assert (batch.phase, batch.num_reqs, batch.max_query_len) == (kind, last - first, max(lens))
+    assert (batch.kind, batch.num_reqs, batch.max_query_len) == (kind, last - first, max(lens))
     # On the host are a decoder's lengths, not an encoder's; of verified drafts, bounds.
     known = case.attention != "cross"
     verified = case.drafts and any(
@@ -129,7 +128,7 @@ def test_keys_are_bounded_by_the_phases_own_longest_where_that_is_known(split: S
     assert metadata.whole.batch.max_seq_len == longest
     for phase in metadata.phases:
         own = longest
-        if phase.batch.phase == DECODE and phase.seq_lens_cpu is not None:
+        if phase.batch.kind == DECODE and phase.seq_lens_cpu is not None:
             own = max(phase.seq_lens_cpu.tolist())
         assert phase.batch.max_seq_len == own
 
@@ -203,9 +202,9 @@ def test_another_cache_groups_blocks_take_the_place_of_the_first(name: str) -> N
     for phase in (first.whole, *first.phases):
         phase.plans["of the first"] = True
     part = 0
-    check_phase(second.whole, split, other, slice(0, other.num_reqs), second.whole.batch.phase)
+    check_phase(second.whole, split, other, slice(0, other.num_reqs), second.whole.batch.kind)
     for phase in second.phases:
         last = part + phase.batch.num_reqs
-        check_phase(phase, split, other, slice(part, last), phase.batch.phase)
+        check_phase(phase, split, other, slice(part, last), phase.batch.kind)
         part = last
     check_output(other, driver.step(other.copied(CPU), second), expected(other))

@@ -63,7 +63,7 @@ def test_what_a_sanitizer_is_shown_is_right() -> None:
 
 
 def check_answer(case: AttnCase, num_splits: int, device: torch.device) -> None:
-    from xfv1.kernels.paged import paged_attention
+    from xfv1.kernels.paged.launch import paged_attention
 
     inputs = build_inputs(case, device)
     cache, storage = written_cache(inputs)

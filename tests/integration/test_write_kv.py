@@ -12,8 +12,8 @@ import torch
 import reference
 from tests.cards.cards import CARDS
 from tests.harness.candidate import bits
-from xfv1 import compat
-from xfv1.compat import fp8_dtype, vllm_writes, write_kv
+from xfv1 import cache
+from xfv1.cache import fp8_dtype, vllm_writes, write_kv
 
 # vLLM's name of the cache's dtype, the model's dtype, and what the cache stores.
 DTYPES = (
@@ -140,7 +140,7 @@ def test_what_vllms_op_cannot_write_pytorch_does(
     def op(key: torch.Tensor, value: torch.Tensor, *others: Any) -> None:
         calls.append(others)
 
-    monkeypatch.setattr(compat, "device_of", lambda device: CARDS[card].device)
+    monkeypatch.setattr(cache, "device_of", lambda device: CARDS[card].device)
     monkeypatch.setattr(_custom_ops, "reshape_and_cache_flash", op)
     cpu = torch.device("cpu")
     layer = SimpleNamespace(_k_scale=layer._k_scale.cpu(), _v_scale=layer._v_scale.cpu())

@@ -10,8 +10,8 @@ from typing import Any
 from vllm.v1.attention.backend import AttentionBackend
 
 from xfv1.backend import XFormersAttentionBackend
+from xfv1.builder import XFormersMetadataBuilder
 from xfv1.impl import XFormersImpl
-from xfv1.metadata import XFormersMetadataBuilder
 
 NOT_A_BACKEND = 42
 

@@ -127,7 +127,7 @@ def test_ids_survive_what_is_changed_elsewhere(made: Any) -> None:
 
 
 def test_every_mutant_is_another() -> None:
-    mutants = mutants_of("xfv1.kernels.paged")
+    mutants = mutants_of("xfv1.kernels.paged.device")
     assert len({mutant.source for mutant in mutants}) == len(mutants)
     assert len({mutant.id for mutant in mutants}) == len(mutants)
 

@@ -17,10 +17,12 @@ from vllm.v1.attention.backend import AttentionLayer
 
 from fixtures.cases import AttnCase
 from xfv1.backend import XFormersAttentionBackend
+from xfv1.builder import XFormersMetadataBuilder
 from xfv1.impl import XFormersImpl
-from xfv1.metadata import Phase, XFormersMetadata, XFormersMetadataBuilder
-from xfv1.ops.base import DECODE, Batch, Call, Layer, Op
+from xfv1.ops.base import Call, Layer, Op
 from xfv1.ops.torch_cpu import TorchCpu
+from xfv1.phase import DECODE, Batch, Phase
+from xfv1.step import XFormersMetadata
 
 INF = float("inf")
 EXACT = "exact"
@@ -51,7 +53,7 @@ class Piece:
 
     @property
     def decodes(self) -> bool:
-        return self.call.batch.phase == DECODE
+        return self.call.batch.kind == DECODE
 
     @property
     def index(self) -> torch.Tensor:
@@ -65,7 +67,7 @@ class Piece:
 
     def blocks(self, count: int) -> torch.Tensor:
         """Ids of the blocks that hold the first ``count`` keys."""
-        return self.call.block_table[self.request, : -(-count // self.block_size)].long()
+        return self.call.phase.block_table[self.request, : -(-count // self.block_size)].long()
 
     @property
     def block_size(self) -> int:
@@ -79,8 +81,8 @@ class Piece:
 
 def pieces(call: Call) -> Iterator[Piece]:
     """The requests of a call that have tokens."""
-    starts = call.query_start_loc.tolist()
-    for request, length in enumerate(call.seq_lens.tolist()):
+    starts = call.phase.query_start_loc.tolist()
+    for request, length in enumerate(call.phase.seq_lens.tolist()):
         rows = slice(starts[request], starts[request + 1])
         if rows.start < rows.stop:
             yield Piece(call, request, rows, length)
@@ -332,7 +334,7 @@ class WindowIgnoredAtDecode(PlainOp):
     """Decodes ignore the sliding window; prefills obey it."""
 
     def prepare(self, call: Call) -> Call:
-        return layered(call, sliding_window=None) if call.batch.phase == DECODE else call
+        return layered(call, sliding_window=None) if call.batch.kind == DECODE else call
 
 
 @plant("vLLM #24358", lambda case: case.windowed)
@@ -497,7 +499,7 @@ class SoftcapDroppedAtDecode(PlainOp):
     """Decodes ignore the softcap."""
 
     def prepare(self, call: Call) -> Call:
-        return layered(call, softcap=None) if call.batch.phase == DECODE else call
+        return layered(call, softcap=None) if call.batch.kind == DECODE else call
 
 
 @plant("vLLM #56578", lambda case: case.softcap is not None)
@@ -519,7 +521,7 @@ class ScalesDroppedAtDecode(PlainOp):
     """Decodes read a quantized cache without its scales."""
 
     def prepare(self, call: Call) -> Call:
-        return unscaled(call, "k_scale", "v_scale") if call.batch.phase == DECODE else call
+        return unscaled(call, "k_scale", "v_scale") if call.batch.kind == DECODE else call
 
 
 @plant("vLLM #42580", lambda case: case.quantized)
@@ -579,8 +581,11 @@ class HostsLengthsTaken(PlainOp):
     drafts too."""
 
     def prepare(self, call: Call) -> Call:
-        known = call.seq_lens_cpu
-        return call if known is None else dataclasses.replace(call, seq_lens=known)
+        known = call.phase.seq_lens_cpu
+        if known is None:
+            return call
+        phase = dataclasses.replace(call.phase, seq_lens=known)
+        return dataclasses.replace(call, phase=phase)
 
 
 # Extreme logits and empty states.
@@ -695,7 +700,7 @@ class TableReadPastItsEnd(PlainOp):
 
     def read(self, piece: Piece, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         if piece.paged:
-            table = piece.call.block_table
+            table = piece.call.phase.block_table
             lanes = -(-len(piece.blocks(count)) // 32) * 32
             allocated = table.untyped_storage().nbytes() // table.itemsize
             flat = table.as_strided((allocated,), (1,), 0)
@@ -714,7 +719,7 @@ class SplitReadsPastTheEnd(SplitOp):
     def read(self, piece: Piece, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         if not piece.paged:
             return super().read(piece, count)
-        held = piece.call.block_table.shape[1] * piece.block_size
+        held = piece.call.phase.block_table.shape[1] * piece.block_size
         return super().read(piece, min(-(-(count + 1) // SPLIT) * SPLIT, held))
 
     def span(self, seen: torch.Tensor) -> slice:
@@ -905,7 +910,7 @@ class Head80Crashes(PlainOp):
     """Decodes of head size 80 are an illegal instruction."""
 
     def prepare(self, call: Call) -> Call:
-        if call.batch.phase == DECODE and call.layer.head_size == 80:
+        if call.batch.kind == DECODE and call.layer.head_size == 80:
             raise RuntimeError("CUDA error: an illegal instruction was encountered")
         return call
 
@@ -918,7 +923,7 @@ class NoOpAbove32Decodes(PlainOp):
     """The layer is accepted; then a step of more than 32 decodes finds no operator."""
 
     def prepare(self, call: Call) -> Call:
-        if call.batch.phase == DECODE and call.batch.num_reqs > 32:
+        if call.batch.kind == DECODE and call.batch.num_reqs > 32:
             raise NotImplementedError("No operator found for `memory_efficient_attention_forward`")
         return call
 
@@ -1104,7 +1109,7 @@ class BackwardsOp(PlainOp):
     """Sums the keys from the last to the first, where a plan says so."""
 
     def attend(self, piece: Piece, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        if piece.call.plans["warm"]:
+        if piece.call.phase.plans["warm"]:
             logits, value = logits.flip(-1), value.flip(0)
         return super().attend(piece, logits, value)
 
@@ -1122,7 +1127,7 @@ class WarmPlanCutsOtherwise(RememberingImpl):
 
     def remembered(self, phase: Phase) -> Phase:
         # Held on to, so that no other table gets the address.
-        key = (phase.block_table.data_ptr(), phase.batch.phase)
+        key = (phase.block_table.data_ptr(), phase.batch.kind)
         phase.plans["warm"] = key in self.kept
         self.kept[key] = phase.block_table
         return phase
@@ -1152,8 +1157,8 @@ class LargerBatchLeftBehind(RememberingImpl):
 
     def remembered(self, phase: Phase) -> Phase:
         lens = phase.seq_lens
-        before = self.kept.get(phase.batch.phase, lens)
-        self.kept[phase.batch.phase] = torch.cat([lens, before[len(lens) :]])
+        before = self.kept.get(phase.batch.kind, lens)
+        self.kept[phase.batch.kind] = torch.cat([lens, before[len(lens) :]])
         late = before[len(lens) : len(lens) + 1]
         if late.numel():
             lens = torch.cat([lens[:-1], late])
@@ -1168,7 +1173,7 @@ class GatheringOp(PlainOp):
             return super().read(piece, count)
         ids = tuple(piece.blocks(count).tolist())
         whole = super().read(piece, len(ids) * piece.block_size)
-        key, value = piece.call.plans["gathered"].setdefault(ids, whole)
+        key, value = piece.call.phase.plans["gathered"].setdefault(ids, whole)
         return key[:count], value[:count]
 
 

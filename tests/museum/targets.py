@@ -64,20 +64,27 @@ _SPLITS = tuple(
     )
 )
 _FLOAT8 = "tests/integration/test_other_cards.py::test_every_float8_is_decoded_exactly"
+_DEVICE_CODE, _LAUNCH = "xfv1.kernels.paged.device", "xfv1.kernels.paged.launch"
+_GATHER = "xfv1.ops.xformers.gather"
 TARGETS = (
-    Target("xfv1.metadata", (TORCH, GATHERED), _METADATA, one_in=6),
+    Target("xfv1.builder", (TORCH, GATHERED), _METADATA, one_in=6),
+    Target("xfv1.step", (TORCH, GATHERED), _METADATA, one_in=6),
+    Target("xfv1.phase", (TORCH, GATHERED), _METADATA, one_in=6),
     Target("xfv1.impl", (TORCH, GATHERED), (_IMPL, _DISPATCH), one_in=8),
     Target("xfv1.dispatch", (TORCH,), (_DISPATCH,), one_in=6),
+    Target("xfv1.support", (TORCH,), (_DISPATCH, _IMPL), one_in=6),
     Target("xfv1.rules", (TORCH,), (_DISPATCH,), one_in=6),
     Target("xfv1.device", (TORCH,), ("tests/cards/test_device.py",), one_in=3),
     Target("xfv1.compat", (TORCH,), _COMPAT, one_in=3),
+    Target("xfv1.cache", (TORCH,), _COMPAT, one_in=3),
     Target("xfv1.ops.torch_cpu", (TORCH,), _LSE, one_in=8),
     Target("xfv1.ops.triton_paged", (OWN,), _LSE, one_in=2),
-    Target("xfv1.kernels.paged", (OWN,), (*_LSE, *_SPLITS, _FLOAT8), one_in=12),
-    Target("xfv1.kernels.tiling", (TORCH,), ("tests/cards/test_tilings.py",), one_in=16),
-    Target("xfv1.ops.xformers_splitk", (SPLITK,)),
-    Target("xfv1.ops.xformers_base", (GATHERED, SPLITK), (_IMPL, _LSE[1]), one_in=8),
-    Target("xfv1.ops.gather", (GATHERED,), ("tests/integration/test_gather.py",), one_in=4),
+    Target(_DEVICE_CODE, (OWN,), (*_LSE, *_SPLITS, _FLOAT8), one_in=12),
+    Target(_LAUNCH, (OWN,), (*_LSE, *_SPLITS, _FLOAT8), one_in=12),
+    Target("xfv1.kernels.paged.tiling", (TORCH,), ("tests/cards/test_tilings.py",), one_in=16),
+    Target("xfv1.ops.xformers.splitk", (SPLITK,)),
+    Target("xfv1.ops.xformers.base", (GATHERED, SPLITK), (_IMPL, _LSE[1]), one_in=8),
+    Target(_GATHER, (GATHERED,), ("tests/integration/test_gather.py",), one_in=4),
     Target("reference.lowprec", (LOWPREC,), ("tests/oracle/test_lowprec.py",), one_in=2),
 )
 _GPU = "a GPU's, or another vLLM's"
@@ -87,12 +94,14 @@ _TILING = "how the work is cut decides how fast it is, and no answer"
 _RANKS = "for context parallelism, whose tests run in a process of their own"
 _INVARIANT = "for batch invariance, whose tests run in a process of their own"
 WITHOUT = (
-    Without("xfv1.metadata", "XFormersMetadataBuilder._parts", _RANKS),
-    Without("xfv1.metadata", "XFormersMetadataBuilder.__init__", _RANKS, "self._lens = *"),
-    Without("xfv1.metadata", "XFormersMetadataBuilder.build", _RANKS, "metadata.parts = *"),
-    Without("xfv1.metadata", "XFormersMetadataBuilder.update_block_table", _RANKS, "*parts*"),
-    # Only for a group of ranks are there several phases to give their rows to.
-    Without("xfv1.metadata", "_with_table", _RANKS, "block_table[[]first:last]"),
+    Without("xfv1.builder", "XFormersMetadataBuilder._parts", _RANKS),
+    Without("xfv1.builder", "XFormersMetadataBuilder._context_batch", _RANKS),
+    Without("xfv1.builder", "XFormersMetadataBuilder.__init__", _RANKS, "self._lens = *"),
+    Without("xfv1.builder", "XFormersMetadataBuilder.build", _RANKS, "metadata.parts = *"),
+    Without("xfv1.step", "XFormersMetadata.over", _RANKS, "*parts*"),
+    # Only for a group of ranks is a phase that begins later given another table.
+    Without("xfv1.phase", "Phase.over", _RANKS, "*self.first*"),
+    Without("xfv1.phase", "Phase.requests", _RANKS, "first=self.first + first"),
     Without("xfv1.impl", "XFormersImpl._run_parts", _RANKS),
     Without("xfv1.impl", "XFormersImpl.__init__", _RANKS, "*sharded*"),
     Without("xfv1.impl", "XFormersImpl.forward", _RANKS, "*parts*"),
@@ -100,30 +109,30 @@ WITHOUT = (
     Without("xfv1.compat", "context_group", _RANKS),
     Without("xfv1.compat", "shard_merge", _RANKS),
     # What lies past the sums is weighed by zero, and NaN there by luck.
-    Without("xfv1.kernels.paged", "_merge_kernel", "for a memory checker", "tl.load(sum_ptr + *"),
-    Without("xfv1.kernels.paged", "paged_attention", _INVARIANT, "*num_splits = (False, 1)"),
+    Without(_DEVICE_CODE, "_merge_kernel", "for a memory checker", "tl.load(sum_ptr + *"),
+    Without(_LAUNCH, "paged_attention", _INVARIANT, "*num_splits = (False, 1)"),
     Without("xfv1.compat", "check_version", "what is logged"),
     Without("xfv1.compat", "log_once", "what is logged"),
     Without("xfv1.compat", "device_kind", _GPU),
-    Without("xfv1.compat", "fp8_dtype", _GPU),
+    Without("xfv1.cache", "fp8_dtype", _GPU),
     Without("xfv1.compat", "stride_order", _GPU),
-    Without("xfv1.compat", "write_kv", _GPU, "raw = *"),
-    Without("xfv1.compat", "write_kv", _GPU, "_custom_ops.*"),
-    Without("xfv1.compat", "write_kv", _GPU, "return"),
-    Without("xfv1.compat", "write_kv", _GPU, "*WARP*"),
-    Without("xfv1.compat", "write_kv", _GPU, "*key.shape[[]1]*"),
+    Without("xfv1.cache", "write_kv", _GPU, "raw = *"),
+    Without("xfv1.cache", "write_kv", _GPU, "_custom_ops.*"),
+    Without("xfv1.cache", "write_kv", _GPU, "return"),
+    Without("xfv1.cache", "write_kv", _GPU, "*WARP*"),
+    Without("xfv1.cache", "write_kv", _GPU, "*key.shape[[]1]*"),
     *(
-        Without("xfv1.dispatch", "typical_batches", "any batch of its kind would do", part)
+        Without("xfv1.support", "typical_batches", "any batch of its kind would do", part)
         for part in ("num_reqs=*", "max_query_len=*", "max_seq_len=*")
     ),
     *(
-        Without("xfv1.kernels.paged", "paged_attention", _TILING, f"{name} = *")
-        for name in ("decode", "config", "choose", "num_keys", "per_sm", "programs", "target")
+        Without(_LAUNCH, "paged_attention", _TILING, f"{name} = *")
+        for name in ("decode", "config", "choose", "num_keys")
     ),
-    Without("xfv1.kernels.paged", "paged_attention", _TILING, "num_splits = -(*"),
-    Without("xfv1.kernels.paged", "paged_attention", _TILING, "num_splits = min(*"),
-    Without("xfv1.kernels.paged", "paged_attention", _TILING, "num_warps=4"),
-    Without("xfv1.kernels.paged", "paged_attention", _TILING, "BLOCK_S=16"),
+    Without(_LAUNCH, "paged_attention", _TILING, "num_splits = _num_splits*"),
+    Without(_LAUNCH, "_num_splits", _TILING),
+    Without(_LAUNCH, "paged_attention", _TILING, "num_warps=4"),
+    Without(_LAUNCH, "paged_attention", _TILING, "BLOCK_S=16"),
 )
 
 

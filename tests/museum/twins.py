@@ -6,9 +6,10 @@ import torch
 
 from reference.lowprec import attend_lowprec
 from tests.museum.faults import INF, MuseumImpl, Plain, PlainOp, exp_minus, pieces, unread, weigh
-from xfv1.ops.base import DECODE, ENCODER, Call, Layer, Op
-from xfv1.ops.gather import contiguous_bias, contiguous_kv
-from xfv1.ops.gather import pieces as pieces_of
+from xfv1.ops.base import Call, Layer, Op
+from xfv1.ops.xformers.gather import contiguous_bias, contiguous_kv
+from xfv1.ops.xformers.gather import pieces as pieces_of
+from xfv1.phase import DECODE, ENCODER
 
 
 class _LowprecOp(PlainOp):
@@ -37,7 +38,7 @@ class GatheredOp(PlainOp):
 
     def run(self, call: Call) -> None:
         batch = call.batch
-        if batch.phase == DECODE or not (batch.host_lens or batch.fresh or batch.phase == ENCODER):
+        if batch.kind == DECODE or not (batch.host_lens or batch.fresh or batch.kind == ENCODER):
             super().run(call)
             return
         for piece in pieces_of(call):
@@ -46,7 +47,7 @@ class GatheredOp(PlainOp):
     def answer(self, call: Call) -> None:
         layer = call.layer
         key, value = (x.float() for x in contiguous_kv(call))
-        rows = int(call.query_start_loc_cpu[-1])
+        rows = call.phase.num_tokens
         mask = contiguous_bias(call).materialize((rows, len(key)), dtype=torch.float32)
         query = call.query[:rows].float().unflatten(1, (layer.num_kv_heads, layer.group))
         logits = torch.einsum("qhgd,khd->hgqk", query, key).flatten(0, 1) * call.scale

@@ -69,7 +69,7 @@ class Worker:
 def _counting(name: str, run: Callable[[Any], None]) -> Callable[[Any], None]:
     def call(call: Any) -> None:
         run(call)
-        CALLS[f"{name} {call.batch.phase}"] += 1
+        CALLS[f"{name} {call.batch.kind}"] += 1
 
     call.counted = True  # type: ignore[attr-defined]
     return call

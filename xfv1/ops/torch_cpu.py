@@ -3,7 +3,8 @@
 import torch
 
 from xfv1.device import Device
-from xfv1.ops.base import ENCODER, Batch, Call, Layer
+from xfv1.ops.base import Call, Layer
+from xfv1.phase import ENCODER, Batch
 
 # Rows of the logits held at a time: bounds memory at long contexts.
 _QUERY_CHUNK = 256
@@ -20,8 +21,8 @@ class TorchCpu:
         return []
 
     def run(self, call: Call) -> None:
-        starts = call.query_start_loc.tolist()
-        lengths = call.seq_lens.tolist()
+        starts = call.phase.query_start_loc.tolist()
+        lengths = call.phase.seq_lens.tolist()
         for request, length in enumerate(lengths):
             first, last = starts[request], starts[request + 1]
             if first == last:
@@ -36,12 +37,12 @@ class TorchCpu:
         self, call: Call, request: int, rows: slice, length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[length, num_kv_heads, head_size] float32, dequantized."""
-        if call.batch.phase == ENCODER:
+        if call.batch.kind == ENCODER:
             assert call.key is not None and call.value is not None
             return call.key[rows].float(), call.value[rows].float()
         assert call.key_cache is not None and call.value_cache is not None
         size = call.key_cache.shape[1]
-        ids = call.block_table[request, : -(-length // size)].long()
+        ids = call.phase.block_table[request, : -(-length // size)].long()
         key = call.key_cache[ids].flatten(0, 1)[:length].float()
         value = call.value_cache[ids].flatten(0, 1)[:length].float()
         if call.layer.quantized:

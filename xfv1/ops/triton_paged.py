@@ -5,7 +5,9 @@ import importlib.util
 import torch
 
 from xfv1.device import Device
-from xfv1.ops.base import ENCODER, Batch, Call, Layer
+from xfv1.kernels.paged.tiling import MAX_HEAD_SIZE
+from xfv1.ops.base import Call, Layer
+from xfv1.phase import ENCODER, Batch, Phase
 
 
 class TritonPaged:
@@ -24,20 +26,20 @@ class TritonPaged:
             reasons.append("Triton's interpreter multiplies bfloat16 wrongly")
         if layer.kv_dtype == torch.float8_e4m3fnuz and device.kind != "hip":
             reasons.append("float8_e4m3fnuz: on AMD's cards only")
-        if not 1 <= layer.head_size <= 512:
-            reasons.append(f"head size {layer.head_size}: 1 to 512")
+        if not 1 <= layer.head_size <= MAX_HEAD_SIZE:
+            reasons.append(f"head size {layer.head_size}: 1 to {MAX_HEAD_SIZE}")
         return reasons
 
     def run(self, call: Call) -> None:
-        from xfv1.kernels.paged import paged_attention
+        from xfv1.kernels.paged.launch import paged_attention
 
-        layer, batch = call.layer, call.batch
-        key_cache, value_cache, block_table = call.key_cache, call.value_cache, call.block_table
-        if batch.phase == ENCODER:
+        layer, phase, batch = call.layer, call.phase, call.batch
+        key_cache, value_cache, block_table = call.key_cache, call.value_cache, phase.block_table
+        if batch.kind == ENCODER:
             # An encoder's keys lie in the rows of its queries: pages of one token each.
             assert call.key is not None and call.value is not None
             key_cache, value_cache = call.key[:, None], call.value[:, None]
-            block_table = _row_table(call)
+            block_table = phase.once("row_table", lambda: _row_table(phase))
         assert key_cache is not None and value_cache is not None
         paged_attention(
             call.query,
@@ -45,8 +47,8 @@ class TritonPaged:
             value_cache,
             out=call.out,
             block_table=block_table,
-            seq_lens=call.seq_lens,
-            query_start_loc=call.query_start_loc,
+            seq_lens=phase.seq_lens,
+            query_start_loc=phase.query_start_loc,
             max_query_len=batch.max_query_len,
             max_seq_len=batch.max_seq_len,
             scale=call.scale,
@@ -63,14 +65,8 @@ class TritonPaged:
         )
 
 
-def _row_table(call: Call) -> torch.Tensor:
+def _row_table(phase: Phase) -> torch.Tensor:
     """[num_reqs, max_query_len] int32: the row of each request's each token."""
-    table = call.plans.get("row_table")
-    if table is None:
-        steps = torch.arange(
-            call.batch.max_query_len, dtype=torch.int32, device=call.query_start_loc.device
-        )
-        table = call.query_start_loc[:-1, None] + steps
-        call.plans["row_table"] = table
-    assert isinstance(table, torch.Tensor)
-    return table
+    starts = phase.query_start_loc
+    steps = torch.arange(phase.batch.max_query_len, dtype=torch.int32, device=starts.device)
+    return starts[:-1, None] + steps

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from xfv1.device import Device
-from xfv1.ops.base import ENCODER, Batch, Call, Layer, capability_reasons, feature_reasons
-from xfv1.ops.xformers_base import dtype_reasons
+from xfv1.ops.base import Call, Layer, capability_reasons, dtype_reasons, feature_reasons
+from xfv1.phase import ENCODER, Batch, Phase
 
 
 @functools.cache
@@ -48,34 +48,34 @@ class VllmFlashAttention:
             reasons.append("takes sinks in bfloat16 only")
         if layer.head_size % 8 or layer.head_size > 256:
             reasons.append(f"head size {layer.head_size}: multiples of 8 to 256")
-        if batch.phase != ENCODER and layer.block_size % 16:
+        if batch.kind != ENCODER and layer.block_size % 16:
             reasons.append(f"block size {layer.block_size}: a multiple of 16")
         return reasons
 
     def run(self, call: Call) -> None:
         from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-        layer = call.layer
+        layer, phase = call.layer, call.phase
         window = [-1, -1]
         if layer.sliding_window is not None:
             reach = layer.sliding_window - 1
             window = [reach, 0 if layer.causal else reach]
         keys: dict[str, Any]
-        if call.batch.phase == ENCODER:
-            keys = {"k": call.key, "v": call.value, "cu_seqlens_k": call.query_start_loc}
+        if phase.batch.kind == ENCODER:
+            keys = {"k": call.key, "v": call.value, "cu_seqlens_k": phase.query_start_loc}
         else:
             keys = {
                 "k": call.key_cache,
                 "v": call.value_cache,
-                "seqused_k": call.seq_lens,
-                "block_table": call.block_table,
+                "seqused_k": phase.seq_lens,
+                "block_table": phase.block_table,
             }
         result = flash_attn_varlen_func(
             q=call.query,
             out=call.out,
-            cu_seqlens_q=call.query_start_loc,
-            max_seqlen_q=call.batch.max_query_len,
-            max_seqlen_k=call.batch.max_seq_len,
+            cu_seqlens_q=phase.query_start_loc,
+            max_seqlen_q=phase.batch.max_query_len,
+            max_seqlen_k=phase.batch.max_seq_len,
             softmax_scale=call.scale,
             causal=layer.causal,
             window_size=window,
@@ -95,11 +95,12 @@ def _fa2_reasons(layer: Layer, batch: Batch) -> list[str]:
     """What FlashAttention 2 leaves out, by its source or as seen on an H100."""
     reasons = []
     if batch.max_query_len == 1 and not batch.uniform:
-        # One query to a request it takes as a row to a request.
+        # With max_query_len 1, FA2 assumes one row to each request: an empty request shifts all
+        # later ones.
         reasons.append("no request without a token beside those of one")
     if batch.lse and layer.alibi:
         reasons.append("no LSE with ALiBi: it leaves out a part that is the same for all keys")
-    if batch.phase == ENCODER:
+    if batch.kind == ENCODER:
         return reasons
     if layer.sliding_window is not None:
         reasons.append("no windows: NaN in the blocks before them reaches its output")
@@ -114,27 +115,28 @@ def _schedule(call: Call, window: list[int]) -> torch.Tensor | None:
     It is a small kernel over seq_lens. Captured in a graph it runs again at every replay, so a
     plan made before the capture must not serve in it.
     """
-    if call.batch.phase == ENCODER:
+    if call.batch.kind == ENCODER:
         return None
     key = ("fa3_schedule", call.layer, torch.cuda.is_current_stream_capturing())
-    if key not in call.plans:
-        from vllm.vllm_flash_attn import get_scheduler_metadata
+    return call.phase.once(key, lambda: _new_schedule(call.layer, call.phase, window))
 
-        layer = call.layer
-        call.plans[key] = get_scheduler_metadata(
-            batch_size=call.seq_lens.numel(),
-            max_seqlen_q=call.batch.max_query_len,
-            max_seqlen_k=call.batch.max_seq_len,
-            num_heads_q=layer.num_heads,
-            num_heads_kv=layer.num_kv_heads,
-            headdim=layer.head_size,
-            cache_seqlens=call.seq_lens,
-            qkv_dtype=layer.dtype,
-            cu_seqlens_q=call.query_start_loc,
-            page_size=layer.block_size,
-            causal=layer.causal,
-            window_size=window,
-            has_softcap=layer.softcap is not None,
-        )
-    plan: torch.Tensor = call.plans[key]
-    return plan
+
+def _new_schedule(layer: Layer, phase: Phase, window: list[int]) -> torch.Tensor:
+    from vllm.vllm_flash_attn import get_scheduler_metadata
+
+    schedule: torch.Tensor = get_scheduler_metadata(
+        batch_size=phase.seq_lens.numel(),
+        max_seqlen_q=phase.batch.max_query_len,
+        max_seqlen_k=phase.batch.max_seq_len,
+        num_heads_q=layer.num_heads,
+        num_heads_kv=layer.num_kv_heads,
+        headdim=layer.head_size,
+        cache_seqlens=phase.seq_lens,
+        qkv_dtype=layer.dtype,
+        cu_seqlens_q=phase.query_start_loc,
+        page_size=layer.block_size,
+        causal=layer.causal,
+        window_size=window,
+        has_softcap=layer.softcap is not None,
+    )
+    return schedule

@@ -325,7 +325,7 @@ def builder() -> dict[str, Any]:
         "cudagraph support": support.name,
         "updated": updated.block_table is table and updated.slot_mapping is slots,
         "phases": {
-            name: [(p.batch.phase, p.batch.num_reqs) for p in metadata.phases]
+            name: [(p.batch.kind, p.batch.num_reqs) for p in metadata.phases]
             for name, metadata in made.items()
         },
     }

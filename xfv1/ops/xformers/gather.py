@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from xfv1.ops.base import Call
-from xfv1.ops.xformers_base import attend, query_info, shared
+from xfv1.ops.xformers.base import attend, query_info, shared
+from xfv1.phase import Batch, Phase
 
 # Bytes of keys and values to gather at a time: vLLM sets no memory aside for them.
 MAX_GATHERED = 256 * 2**20
@@ -38,23 +39,27 @@ def pieces(call: Call) -> Iterator[Call]:
     # In float32, for a moment, where a scale is applied.
     itemsize = 4 if layer.quantized else layer.dtype.itemsize
     most = MAX_GATHERED // (2 * layer.num_kv_heads * layer.head_size * itemsize)
-    plan = ("pieces", layer.sliding_window, most)
-    if plan not in call.plans:
-        call.plans[plan] = None if call.batch.own_keys else _pieces(call, most)
-    found = call.plans[plan]
+    window = layer.sliding_window
+    found = call.phase.once(
+        ("pieces", window, most),
+        lambda: None if call.batch.own_keys else _pieces(call.phase, window, most),
+    )
     if found is None:
         yield call
         return
-    for rows, facts in found:
+    for phase in found:
+        first = phase.rows.start - call.phase.rows.start
+        rows = slice(first, first + phase.num_tokens)
         lse = None if call.lse is None else call.lse[rows]
-        yield replace(call, query=call.query[rows], out=call.out[rows], lse=lse, **facts)
+        yield replace(call, phase=phase, query=call.query[rows], out=call.out[rows], lse=lse)
 
 
-def _pieces(call: Call, most: int) -> list[tuple[slice, dict[str, Any]]] | None:
-    """Of requests that have up to `most` keys together: their tokens' rows, and what else of a call
-    is theirs. None where all have no more."""
-    assert call.seq_lens_cpu is not None
-    counts = [end - first for first, end in _key_range(call)]
+def _pieces(phase: Phase, window: int | None, most: int) -> list[Phase] | None:
+    """The phase in phases of requests that have up to `most` keys together, or of one request.
+
+    None if all requests together have no more. Requests without tokens may be left out.
+    """
+    counts = [end - first for first, end in _key_range(phase, window)]
     if sum(counts) <= most:
         return None
     cuts, total = [0], 0
@@ -63,31 +68,24 @@ def _pieces(call: Call, most: int) -> list[tuple[slice, dict[str, Any]]] | None:
             cuts.append(request)
             total = 0
         total += count
-    starts = call.query_start_loc_cpu.tolist()
-    found = []
-    for first, last in itertools.pairwise([*cuts, len(counts)]):
-        rows, requests = slice(starts[first], starts[last]), slice(first, last)
-        # Before a first request that is too long alone, or of requests without tokens.
-        if rows.start == rows.stop:
-            continue
-        bounds = slice(first, last + 1)
-        lens = [end - start for start, end in itertools.pairwise(starts[bounds])]
-        facts = {
-            "batch": replace(
-                call.batch,
-                num_reqs=last - first,
-                max_query_len=max(lens),
-                max_seq_len=int(call.seq_lens_cpu[requests].max()),
-            ),
-            "query_start_loc": call.query_start_loc[bounds] - rows.start,
-            "query_start_loc_cpu": call.query_start_loc_cpu[bounds] - rows.start,
-            "seq_lens": call.seq_lens[requests],
-            "seq_lens_cpu": call.seq_lens_cpu[requests],
-            "block_table": call.block_table[requests],
-            "plans": {},
-        }
-        found.append((rows, facts))
-    return found
+    starts = phase.query_start_loc_cpu.tolist()
+    return [
+        phase.requests(first, last, _batch(phase, first, last))
+        for first, last in itertools.pairwise([*cuts, len(counts)])
+        # There are no tokens before a first request that is too long alone.
+        if starts[first] != starts[last]
+    ]
+
+
+def _batch(phase: Phase, first: int, last: int) -> Batch:
+    """The facts of a phase's requests [first:last]."""
+    assert phase.seq_lens_cpu is not None
+    return replace(
+        phase.batch,
+        num_reqs=last - first,
+        max_query_len=int(phase.query_start_loc_cpu[first : last + 1].diff().max()),
+        max_seq_len=int(phase.seq_lens_cpu[first:last].max()),
+    )
 
 
 def contiguous_kv(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,10 +96,11 @@ def contiguous_kv(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if call.batch.own_keys:
         assert call.key is not None and call.value is not None
-        rows = int(call.query_start_loc_cpu[-1])
+        rows = call.phase.num_tokens
         return call.key[:rows], call.value[:rows]
     assert call.key_cache is not None and call.value_cache is not None
-    blocks, offsets = _slots(call)
+    phase, window, size = call.phase, call.layer.sliding_window, call.key_cache.shape[1]
+    blocks, offsets = phase.once(("slots", window), lambda: _slots(phase, window, size))
     key, value = (picked(cache, blocks, offsets) for cache in (call.key_cache, call.value_cache))
     if call.layer.quantized:
         assert call.k_scale is not None and call.v_scale is not None
@@ -123,39 +122,40 @@ def picked(cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor) -> 
 
 def contiguous_bias(call: Call) -> Any:
     """xFormers' mask for `contiguous_kv`, made once a step and kind of layer."""
+    phase, causal, window = call.phase, call.layer.causal, call.layer.sliding_window
+    own_keys = call.batch.own_keys
+    return phase.once(
+        ("contiguous_bias", causal, window, own_keys),
+        lambda: _contiguous_bias(phase, causal, window, own_keys),
+    )
+
+
+def _contiguous_bias(phase: Phase, causal: bool, window: int | None, own_keys: bool) -> Any:
     from xformers.ops.fmha import attn_bias
 
-    window = call.layer.sliding_window
-    fresh = call.batch.own_keys
-    plan = ("contiguous_bias", call.layer.causal, window, fresh)
-    if plan not in call.plans:
-        queries = query_info(call)
-        keys = queries if fresh else _key_info(_key_range(call), call.block_table.device)
-        if not call.layer.causal:
-            bias: Any = attn_bias.BlockDiagonalMask(q_seqinfo=queries, k_seqinfo=keys)
-        elif window is None:
-            bias = attn_bias.BlockDiagonalCausalFromBottomRightMask(
-                q_seqinfo=queries, k_seqinfo=keys
-            )
-        else:
-            bias = attn_bias.BlockDiagonalCausalLocalAttentionFromBottomRightMask(
-                q_seqinfo=queries, k_seqinfo=keys, _window_size=window
-            )
-        call.plans[plan] = bias
-    return call.plans[plan]
+    queries = query_info(phase)
+    keys = queries
+    if not own_keys:
+        keys = _key_info(_key_range(phase, window), phase.block_table.device)
+    if not causal:
+        return attn_bias.BlockDiagonalMask(q_seqinfo=queries, k_seqinfo=keys)
+    if window is None:
+        return attn_bias.BlockDiagonalCausalFromBottomRightMask(q_seqinfo=queries, k_seqinfo=keys)
+    return attn_bias.BlockDiagonalCausalLocalAttentionFromBottomRightMask(
+        q_seqinfo=queries, k_seqinfo=keys, _window_size=window
+    )
 
 
-def _key_range(call: Call) -> list[tuple[int, int]]:
+def _key_range(phase: Phase, window: int | None) -> list[tuple[int, int]]:
     """The positions [first, end) of each request's keys that some query of it sees.
 
-    What lies wholly before a window is not the request's any more: vLLM frees those blocks.
+    Blocks that lie wholly before a window are not the request's any more: vLLM frees them.
     """
-    assert call.seq_lens_cpu is not None
-    lens = call.seq_lens_cpu.tolist()
-    window = call.layer.sliding_window
+    assert phase.seq_lens_cpu is not None
+    lens = phase.seq_lens_cpu.tolist()
     if window is None:
         return [(0, length) for length in lens]
-    starts = call.query_start_loc_cpu.tolist()
+    starts = phase.query_start_loc_cpu.tolist()
     return [
         (max(length - (end - start) - window + 1, 0), length)
         for (start, end), length in zip(itertools.pairwise(starts), lens, strict=True)
@@ -175,19 +175,13 @@ def _key_info(ranges: list[tuple[int, int]], device: torch.device) -> Any:
     )
 
 
-def _slots(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block and offset of every key of the batch that is seen: [num_keys] each."""
-    plan = ("slots", call.layer.sliding_window)
-    if plan not in call.plans:
-        assert call.key_cache is not None
-        size = call.key_cache.shape[1]
-        ranges = _key_range(call)
-        # Made on the host, where all of it is known, in one copy: request, then position.
-        positions = torch.cat([torch.arange(*keys) for keys in ranges])
-        counts = torch.tensor([end - first for first, end in ranges])
-        requests = torch.repeat_interleave(torch.arange(len(ranges)), counts)
-        both = torch.stack([requests, positions]).to(call.block_table.device, non_blocking=True)
-        blocks = call.block_table[both[0], both[1] // size].long()
-        call.plans[plan] = blocks, both[1] % size
-    slots: tuple[torch.Tensor, torch.Tensor] = call.plans[plan]
-    return slots
+def _slots(phase: Phase, window: int | None, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block and offset of every key that some query sees: [num_keys] each. size: of a block."""
+    ranges = _key_range(phase, window)
+    # Made on the host, where all of it is known, in one copy: request, then position.
+    positions = torch.cat([torch.arange(*keys) for keys in ranges])
+    counts = torch.tensor([end - first for first, end in ranges])
+    requests = torch.repeat_interleave(torch.arange(len(ranges)), counts)
+    both = torch.stack([requests, positions]).to(phase.block_table.device, non_blocking=True)
+    blocks = phase.block_table[both[0], both[1] // size].long()
+    return blocks, both[1] % size

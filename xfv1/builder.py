@@ -1,8 +1,7 @@
-"""From vLLM's CommonAttentionMetadata to the phases of one step, without asking the device."""
+"""Turns vLLM's CommonAttentionMetadata into one step's metadata, without asking the device."""
 
-import copy
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +9,6 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
-    AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
@@ -22,72 +20,11 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from xfv1 import compat, debug
-from xfv1.ops.base import DECODE, PREFILL, Batch
+from xfv1.phase import DECODE, PREFILL, Batch, Phase
+from xfv1.step import Parts, XFormersMetadata, split
 
-# Of few numbers on the host: NumPy costs a fraction of what PyTorch does.
+# For a few numbers on the host, NumPy costs a fraction of what PyTorch does.
 Lens = npt.NDArray[np.int32]
-
-
-@dataclass
-class Phase:
-    """Some consecutive requests of a step, and their tokens.
-
-    rows: the tokens' rows. query_start_loc: [num_reqs + 1] int32, first 0; *_cpu: on the host.
-    seq_lens: [num_reqs] int32. block_table: [num_reqs, max_blocks] int32. plans: see
-    `xfv1.ops.base.Call`.
-    """
-
-    batch: Batch
-    rows: slice
-    query_start_loc: torch.Tensor
-    query_start_loc_cpu: torch.Tensor
-    seq_lens: torch.Tensor
-    seq_lens_cpu: torch.Tensor | None
-    block_table: torch.Tensor
-    plans: dict[Any, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Parts:
-    """The keys of a step whose cache is spread over a decode context parallel group.
-
-    context: the step's phases over what this rank's cache holds of the keys from before the step;
-    none if no request has any, on any rank. new: all requests over the step's own keys.
-    """
-
-    context: list[Phase]
-    new: Phase
-
-
-@dataclass
-class XFormersMetadata(AttentionMetadata):
-    """One step's batch, whole and in phases.
-
-    whole: all requests as one ragged phase. batches: the same as decodes, then prefills, whichever
-    there are; none where nothing is asked. slot_mapping: [num_tokens] int64 (vLLM's cross attention
-    replaces it). parts: None where the cache is whole.
-    """
-
-    num_actual_tokens: int
-    max_query_len: int
-    max_seq_len: int
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    slot_mapping: torch.Tensor
-    causal: bool
-    whole: Phase
-    batches: list[Batch]
-    parts: Parts | None = None
-    _phases: list[Phase] | None = None
-
-    @property
-    def phases(self) -> list[Phase]:
-        """A phase to each of the batches. Made when first asked for: an op that serves both decodes
-        and prefills takes the whole."""
-        if self._phases is None:
-            self._phases = _phases(self.whole, self.batches)
-        return self._phases
 
 
 class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
@@ -108,14 +45,15 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
         self.is_encoder = isinstance(kv_cache_spec, EncoderOnlyAttentionSpec)
         self.debug = debug.enabled()
         self.speculates = vllm_config.speculative_config is not None
-        # Verification of drafts, 1 + num_speculative_tokens to a request, decodes too.
+        # Verifying drafts counts as decoding: 1 + num_speculative_tokens to a request.
         self._init_reorder_batch_threshold(
             1, supports_spec_as_decode=True, supports_dcp_with_varlen=True
         )
         self.dcp_world_size, self.dcp_rank = compat.context_group(kv_cache_spec)
         self.interleave = vllm_config.parallel_config.cp_kv_cache_interleave_size
         if self.dcp_world_size > 1:
-            # Graphs read them: this rank's keys from before the step, and the step's own.
+            # Numbers of keys, which captured graphs read: this rank's keys from before the step,
+            # then the step's own.
             max_num_reqs = vllm_config.scheduler_config.max_num_seqs
             self._lens = torch.zeros(2, max_num_reqs, dtype=torch.int32, device=device)
 
@@ -131,7 +69,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
             NotImplementedError: for causality that differs between requests.
         """
         common = common_attn_metadata
-        # Cross attention's keys are the encoder's; what the host is told are the decoder's.
+        # Cross attention's keys are the encoder's, but the host's lengths are the decoder's.
         bound = None if self.is_cross else _host_lens(common)
         if self.debug:
             debug.check_batch(common, bound, encoder=self.is_encoder, cross=self.is_cross)
@@ -160,32 +98,27 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
             block_table=common.block_table_tensor[:num_reqs],
         )
         batches: list[Batch] = []
-        # Most ops take no empty batch.
+        # Most ops refuse an empty batch.
         if 0 not in (num_reqs, common.num_actual_tokens, common.max_query_len):
             decodes = _decodes(query_lens, self.reorder_batch_threshold or 1)
             batches = _batches(whole.batch, query_lens, lens, unsure, decodes)
         metadata = XFormersMetadata(
-            num_actual_tokens=common.num_actual_tokens,
-            max_query_len=common.max_query_len,
-            max_seq_len=common.max_seq_len,
-            query_start_loc=common.query_start_loc,
-            seq_lens=common.seq_lens,
-            block_table=common.block_table_tensor,
-            slot_mapping=common.slot_mapping,
-            causal=common.causal,
             whole=whole,
             batches=batches,
+            slot_mapping=common.slot_mapping,
+            causal=common.causal,
         )
         if batches and self.dcp_world_size > 1:
-            metadata.parts = self._parts(whole, metadata.phases)
+            metadata.parts = self._parts(whole, batches)
         return metadata
 
     def _unsure(
         self, common: CommonAttentionMetadata, query_lens: Lens, lens: Lens | None
     ) -> npt.NDArray[np.bool_] | None:
-        """[num_reqs], of whose keys' number the host has no more than a bound; None if of nobody's.
+        """Mask [num_reqs]: True where the host knows only an upper bound on seq_len. None: all
+        lengths are exact.
 
-        Where drafts are verified, and steps are scheduled ahead, the host takes it that all drafts
+        Where drafts are verified and steps are scheduled ahead, the host assumes that all drafts
         of the step before were accepted.
         """
         if lens is None:
@@ -194,12 +127,12 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
             return None
         unsure = query_lens > 0
         if common.is_prefilling is not None:
-            # A graph's padding may be left out.
+            # vLLM may leave out a graph's padding.
             prefilling = common.is_prefilling[: len(unsure)].numpy()
             unsure[: len(prefilling)] &= ~prefilling
         return unsure
 
-    def _parts(self, whole: Phase, phases: list[Phase]) -> Parts:
+    def _parts(self, whole: Phase, batches: list[Batch]) -> Parts:
         context_lens, query_lens = self._lens[:, : whole.batch.num_reqs]
         query_lens.copy_(whole.query_start_loc.diff())
         # All ranks' lengths: asked for one's, vLLM's helper may copy its number from the host.
@@ -207,49 +140,31 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
             whole.seq_lens - query_lens, self.dcp_world_size, None, self.interleave
         )
         context_lens.copy_(local[:, self.dcp_rank])
-        new = replace(whole, batch=replace(whole.batch, lse=True), seq_lens=query_lens, plans={})
-        # Decodes never do without, for a graph's sake (see `_split`).
-        if whole.batch.fresh and phases[0].batch.phase == PREFILL:
+        new = whole.changed(batch=replace(whole.batch, lse=True), seq_lens=query_lens)
+        # Decodes always get a context phase, even an empty one: a graph captured without context
+        # is replayed with some.
+        if whole.batch.fresh and batches[0].kind == PREFILL:
             return Parts([], new)
-        context, first = [], 0
-        for phase in phases:
-            last = first + phase.batch.num_reqs
-            # The first rank's share of the longest, which is the largest.
-            turns = -(-phase.batch.max_seq_len // (self.dcp_world_size * self.interleave))
-            batch = replace(
-                phase.batch,
-                max_seq_len=turns * self.interleave,
-                fresh=False,
-                lse=True,
-                host_lens=False,
-            )
-            lens = context_lens[first:last]
-            context.append(replace(phase, batch=batch, seq_lens=lens, seq_lens_cpu=None, plans={}))
-            first = last
-        return Parts(context, new)
+        context = whole.changed(seq_lens=context_lens, seq_lens_cpu=None)
+        return Parts(split(context, [self._context_batch(batch) for batch in batches]), new)
+
+    def _context_batch(self, batch: Batch) -> Batch:
+        """The batch over this rank's keys from before the step."""
+        # The first rank has the most of the longest request's keys.
+        turns = -(-batch.max_seq_len // (self.dcp_world_size * self.interleave))
+        return replace(
+            batch,
+            max_seq_len=turns * self.interleave,
+            fresh=False,
+            lse=True,
+            host_lens=False,
+        )
 
     def update_block_table(
         self, metadata: XFormersMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
     ) -> XFormersMetadata:
-        """The same batch in another cache group: other blocks, other plans."""
-        updated = copy.copy(metadata)
-        updated.block_table, updated.slot_mapping = blk_table, slot_mapping
-        (updated.whole,) = _with_table([metadata.whole], blk_table)
-        updated._phases = None
-        if metadata.parts is not None:
-            (new,) = _with_table([metadata.parts.new], blk_table)
-            updated.parts = Parts(_with_table(metadata.parts.context, blk_table), new)
-        return updated
-
-
-def _with_table(phases: list[Phase], block_table: torch.Tensor) -> list[Phase]:
-    """Consecutive phases of a step, over other blocks."""
-    result, first = [], 0
-    for phase in phases:
-        last = first + phase.batch.num_reqs
-        result.append(replace(phase, block_table=block_table[first:last], plans={}))
-        first = last
-    return result
+        """The same batch in another cache group."""
+        return metadata.over(blk_table, slot_mapping)
 
 
 def _host_lens(common: CommonAttentionMetadata) -> torch.Tensor | None:
@@ -266,7 +181,7 @@ def _host_lens(common: CommonAttentionMetadata) -> torch.Tensor | None:
 
 
 def _decodes(query_lens: Lens, threshold: int) -> int:
-    """How many requests decode: the first ones, all of the same few tokens, or of none."""
+    """How many requests decode: the first ones that have the same few tokens, or none."""
     asking = query_lens[query_lens > 0]
     if not asking.size or asking[0] > threshold:
         return 0
@@ -286,14 +201,16 @@ def _batches(
     unsure: npt.NDArray[np.bool_] | None,
     decodes: int,
 ) -> list[Batch]:
-    """Decodes, then prefills, whichever there are. query_lens: [num_reqs]; lens: see `_is_fresh`,
-    None if not known; unsure: see `_unsure`."""
+    """The decodes, then the prefills, whichever there are.
+
+    query_lens: [num_reqs]. lens: see `_is_fresh`, None if not known. unsure: see `_unsure`.
+    """
     if decodes == 0:
-        return [replace(whole, phase=PREFILL)]
+        return [replace(whole, kind=PREFILL)]
     if decodes == whole.num_reqs:
-        # What a graph is captured with has no context; what it is replayed with has.
-        return [replace(whole, phase=DECODE, fresh=False)]
-    # Some may have no token.
+        # A graph is captured without context, and replayed with some.
+        return [replace(whole, kind=DECODE, fresh=False)]
+    # Some of the decodes may have no token.
     query_len = int(query_lens[:decodes].max())
     decode = Batch(
         DECODE,
@@ -312,32 +229,5 @@ def _batches(
         uniform=False,
         fresh=lens is not None and _is_fresh(query_lens[decodes:], lens[decodes:]),
         host_lens=unsure is None or not unsure[decodes:].any(),
-    )
-    return [decode, prefill]
-
-
-def _phases(whole: Phase, batches: list[Batch]) -> list[Phase]:
-    if len(batches) < 2:
-        return [replace(whole, batch=batch, plans={}) for batch in batches]
-    decodes = batches[0].num_reqs
-    starts, bound = whole.query_start_loc_cpu, whole.seq_lens_cpu
-    tokens = int(starts[decodes])
-    decode = Phase(
-        batch=batches[0],
-        rows=slice(0, tokens),
-        query_start_loc=whole.query_start_loc[: decodes + 1],
-        query_start_loc_cpu=starts[: decodes + 1],
-        seq_lens=whole.seq_lens[:decodes],
-        seq_lens_cpu=None if bound is None else bound[:decodes],
-        block_table=whole.block_table[:decodes],
-    )
-    prefill = Phase(
-        batch=batches[1],
-        rows=slice(tokens, whole.rows.stop),
-        query_start_loc=whole.query_start_loc[decodes:] - tokens,
-        query_start_loc_cpu=starts[decodes:] - tokens,
-        seq_lens=whole.seq_lens[decodes:],
-        seq_lens_cpu=None if bound is None else bound[decodes:],
-        block_table=whole.block_table[decodes:],
     )
     return [decode, prefill]

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from xfv1.device import Device
-from xfv1.ops.base import Batch, Call, Layer, capability_reasons, feature_reasons
-from xfv1.ops.gather import attend_contiguous
-from xfv1.ops.xformers_base import attend, dtype_reasons, installed_reasons, paged_inputs
+from xfv1.ops.base import Call, Layer, capability_reasons, dtype_reasons, feature_reasons
+from xfv1.ops.xformers.base import attend, installed_reasons, paged_inputs
+from xfv1.ops.xformers.gather import attend_contiguous
+from xfv1.phase import Batch
 
 
 class XFormersFA3:

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from xfv1.device import Device
-from xfv1.ops.base import DECODE, Batch, Call, Layer, capability_reasons, feature_reasons
-from xfv1.ops.gather import attend_contiguous, pieces
-from xfv1.ops.xformers_base import dtype_reasons, installed_reasons
+from xfv1.ops.base import Call, Layer, capability_reasons, dtype_reasons, feature_reasons
+from xfv1.ops.xformers.base import installed_reasons
+from xfv1.ops.xformers.gather import attend_contiguous, pieces
+from xfv1.phase import DECODE, Batch
 
 Capabilities = tuple[tuple[int, int], tuple[int, int]]
 
@@ -51,7 +52,7 @@ class XFormersVarlen:
         reasons += feature_reasons(layer, *self.features)
         if not layer.causal and layer.sliding_window is not None:
             reasons.append("no windows without causality")
-        if batch.phase == DECODE:
+        if batch.kind == DECODE:
             # A gather would copy the cache.
             reasons.append("serves prefills and encoders")
         elif not batch.host_lens and not batch.fresh:

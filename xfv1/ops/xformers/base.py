@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from xfv1.ops.base import Call, Layer
+from xfv1.ops.base import Call
+from xfv1.phase import Phase
 
 
 def installed_reasons(module: str) -> list[str]:
@@ -33,16 +34,12 @@ def _unavailable(module: str) -> str | None:
     return None
 
 
-def dtype_reasons(layer: Layer, *dtypes: torch.dtype) -> list[str]:
-    if layer.dtype in dtypes:
-        return []
-    return [f"{layer.dtype}: takes {', '.join(map(str, dtypes))}"]
-
-
 def grouped(call: Call) -> torch.Tensor:
-    """query as xFormers' [1, num_tokens, num_kv_heads, group, head_size], a graph's padding left
-    out: it insists on as many rows as its lengths add up to."""
-    rows = call.query[: int(call.query_start_loc_cpu[-1])]
+    """query as xFormers' [1, num_tokens, num_kv_heads, group, head_size].
+
+    A graph's padding is left out: xFormers insists on as many rows as its lengths add up to.
+    """
+    rows = call.query[: call.phase.num_tokens]
     query: torch.Tensor = rows.unflatten(1, (call.layer.num_kv_heads, call.layer.group))
     return query[None]
 
@@ -52,73 +49,76 @@ def shared(tensor: torch.Tensor, group: int) -> torch.Tensor:
     return tensor[None, :, :, None].expand(-1, -1, -1, group, -1)
 
 
-def query_info(call: Call) -> Any:
+def query_info(phase: Phase) -> Any:
     """xFormers' description of the queries' lengths."""
     from xformers.ops.fmha.attn_bias import _SeqLenInfo
 
-    starts = call.query_start_loc_cpu
+    starts = phase.query_start_loc_cpu
     lens = starts[1:] - starts[:-1]
     return _SeqLenInfo(
-        seqstart=call.query_start_loc,
-        max_seqlen=call.batch.max_query_len,
+        seqstart=phase.query_start_loc,
+        max_seqlen=phase.batch.max_query_len,
         min_seqlen=int(lens.min()),
         seqstart_py=starts.tolist(),
     )
 
 
-def pages_info(call: Call, width: int) -> Any:
+def pages_info(phase: Phase, width: int) -> Any:
     """xFormers' description of the keys' lengths in pages; the lengths stay on the device.
 
-    width: tokens a row of the block table has room for.
+    width: tokens that a row of the block table has room for.
     """
     from xformers.ops.fmha.attn_bias import _PaddedSeqLenInfo
 
-    num_reqs = call.seq_lens.numel()
+    num_reqs = phase.seq_lens.numel()
     starts = list(range(0, width * num_reqs + 1, width))
     return _PaddedSeqLenInfo(
-        seqstart=torch.arange(0, len(starts), device=call.seq_lens.device, dtype=torch.int32)
+        seqstart=torch.arange(0, len(starts), device=phase.seq_lens.device, dtype=torch.int32)
         * width,
-        # Nothing below reads lengths on the host but their maximum; a bound will do.
-        max_seqlen=call.batch.max_seq_len,
+        # xFormers reads no length on the host but the maximum, for which a bound will do.
+        max_seqlen=phase.batch.max_seq_len,
         min_seqlen=0,
         seqstart_py=starts,
-        seqlen=call.seq_lens,
-        seqlen_py=[call.batch.max_seq_len] * num_reqs,
+        seqlen=phase.seq_lens,
+        seqlen_py=[phase.batch.max_seq_len] * num_reqs,
         padding=width,
     )
 
 
 def paged_inputs(call: Call) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """(key, value, bias) over the paged cache: no copy, no sync. The bias is made once a step."""
+    assert call.key_cache is not None and call.value_cache is not None
+    num_blocks, block_size, num_kv_heads, head_size = call.key_cache.shape
+    # One query sees all keys up to its own either way; the plain mask is cheaper.
+    causal = call.layer.causal and call.batch.max_query_len > 1
+    phase = call.phase
+    bias = phase.once(("paged_bias", causal), lambda: _paged_bias(phase, block_size, causal))
+    flat = (num_blocks * block_size, num_kv_heads, head_size)
+    key = shared(call.key_cache.view(flat), call.layer.group)
+    value = shared(call.value_cache.view(flat), call.layer.group)
+    return key, value, bias
+
+
+def _paged_bias(phase: Phase, block_size: int, causal: bool) -> Any:
     from xformers.ops.fmha.attn_bias import (
         PagedBlockDiagonalCausalWithOffsetPaddedKeysMask,
         PagedBlockDiagonalPaddedKeysMask,
     )
 
-    assert call.key_cache is not None and call.value_cache is not None
-    num_blocks, block_size, num_kv_heads, head_size = call.key_cache.shape
-    # One query sees all keys up to its own either way; the plain mask is cheaper.
-    causal = call.layer.causal and call.batch.max_query_len > 1
-    plan = ("paged_bias", causal)
-    if plan not in call.plans:
-        # Splits are cut from the table's width, so none is left wider than the longest request.
-        pages = -(-call.batch.max_seq_len // block_size)
-        table = call.block_table[:, :pages]
-        kind = (
-            PagedBlockDiagonalCausalWithOffsetPaddedKeysMask
-            if causal
-            else PagedBlockDiagonalPaddedKeysMask
-        )
-        call.plans[plan] = kind(
-            q_seqinfo=query_info(call),
-            k_seqinfo=pages_info(call, table.shape[1] * block_size),
-            block_tables=table,
-            page_size=block_size,
-        )
-    flat = (num_blocks * block_size, num_kv_heads, head_size)
-    key = shared(call.key_cache.view(flat), call.layer.group)
-    value = shared(call.value_cache.view(flat), call.layer.group)
-    return key, value, call.plans[plan]
+    # Splits are cut from the table's width, so none is left wider than the longest request.
+    pages = -(-phase.batch.max_seq_len // block_size)
+    table = phase.block_table[:, :pages]
+    kind = (
+        PagedBlockDiagonalCausalWithOffsetPaddedKeysMask
+        if causal
+        else PagedBlockDiagonalPaddedKeysMask
+    )
+    return kind(
+        q_seqinfo=query_info(phase),
+        k_seqinfo=pages_info(phase, table.shape[1] * block_size),
+        block_tables=table,
+        page_size=block_size,
+    )
 
 
 def attend(call: Call, op: Any, key: torch.Tensor, value: torch.Tensor, bias: Any) -> None:
@@ -147,13 +147,14 @@ def packed_lse(call: Call, lse: torch.Tensor, *, packed: bool) -> torch.Tensor:
     """
     if packed:
         return lse[0].flatten(0, 1).transpose(0, 1)
-    plan = "lse_rows"
-    if plan not in call.plans:
-        starts = call.query_start_loc
-        requests = torch.arange(starts.numel() - 1, device=starts.device)
-        rows = int(call.query_start_loc_cpu[-1])
-        # Told the number of rows, it does not wait for the device.
-        requests = torch.repeat_interleave(requests, starts.diff(), output_size=rows)
-        call.plans[plan] = requests, torch.arange(rows, device=starts.device) - starts[requests]
-    requests, positions = call.plans[plan]
+    requests, positions = call.phase.once("lse_rows", lambda: _lse_rows(call.phase))
     return lse[requests, :, :, positions].flatten(1)
+
+
+def _lse_rows(phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each token's request, and its place among that request's tokens: [num_tokens] each."""
+    starts, rows = phase.query_start_loc, phase.num_tokens
+    requests = torch.arange(starts.numel() - 1, device=starts.device)
+    # `output_size` avoids a sync: repeat_interleave would read the counts to size its result.
+    requests = torch.repeat_interleave(requests, starts.diff(), output_size=rows)
+    return requests, torch.arange(rows, device=starts.device) - starts[requests]

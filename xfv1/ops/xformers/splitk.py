@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from xfv1.device import Device
-from xfv1.ops.base import DECODE, Batch, Call, Layer, capability_reasons, feature_reasons
-from xfv1.ops.xformers_base import attend, dtype_reasons, installed_reasons, paged_inputs
+from xfv1.ops.base import Call, Layer, capability_reasons, dtype_reasons, feature_reasons
+from xfv1.ops.xformers.base import attend, installed_reasons, paged_inputs
+from xfv1.phase import DECODE, Batch
 
 HEAD_SIZES = (16, 32, 64, 128, 256, 512)
 # The most queries a request may have under its causal mask.
@@ -34,7 +35,7 @@ class XFormersSplitK:
             reasons.append(f"head size {layer.head_size}: takes {', '.join(map(str, HEAD_SIZES))}")
         if layer.block_size % TILES[-1]:
             reasons.append(f"block size {layer.block_size}: a multiple of {TILES[-1]}")
-        if batch.phase != DECODE or batch.max_query_len > MAX_QUERY_LEN:
+        if batch.kind != DECODE or batch.max_query_len > MAX_QUERY_LEN:
             reasons.append(f"serves decodes of up to {MAX_QUERY_LEN} tokens")
         if not batch.uniform:
             reasons.append("needs the same number of tokens in every request")

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 from xfv1.device import Device
 
+# Larger heads fit no tile.
+MAX_HEAD_SIZE = 512
 # Up to this many rows of a request and KV head count as decode: bound by memory, one tile of rows.
 MAX_DECODE_ROWS = 64
 MAX_PREFILL_ROWS = 128
@@ -20,8 +22,8 @@ DECODE_PROGRAMS = 3
 SMALL_SHARED_MEMORY = 128 * 1024
 # A tile has this many rows, and keys, at least; only registers make it smaller.
 SMALLEST = 16
-# Of a layer: the head size, and the bytes of an element of the queries and of the keys.
-Layer = tuple[int, int, int]
+# The head size, and the bytes of an element of the queries and of the keys.
+Sizes = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def prefill_config(
 def _config(
     device: Device, head_size: int, rows: int, query_bytes: int, key_bytes: int, decode: bool
 ) -> Config:
-    layer = head_size, query_bytes, key_bytes
+    sizes = head_size, query_bytes, key_bytes
     float32 = query_bytes == 4
     if _is_turing(device):
         config = _in_registers(TURING_FLOAT32 if float32 else TURING, head_size, rows)
@@ -88,16 +90,16 @@ def _config(
                 # Two stages of float8 beside float32 spill.
                 config = replace(config, num_stages=1)
             if _is_ampere_like(device):
-                config = _ampere(config, device, layer, decode)
-    return _cut(config, device, layer)
+                config = _ampere(config, device, sizes, decode)
+    return _cut(config, device, sizes)
 
 
-def _ampere(config: Config, device: Device, layer: Layer, decode: bool) -> Config:
+def _ampere(config: Config, device: Device, sizes: Sizes, decode: bool) -> Config:
     """An H100's tiling, smaller where registers hold the tensor cores' operands.
 
     It has fewer stages where a multiprocessor has less shared memory.
     """
-    head_size, query_bytes, key_bytes = layer
+    head_size, query_bytes, key_bytes = sizes
     programs = 1
     if decode and config.block_m == SMALLEST and head_size <= 256:
         programs = DECODE_PROGRAMS
@@ -116,7 +118,7 @@ def _ampere(config: Config, device: Device, layer: Layer, decode: bool) -> Confi
     # Float8 that is decoded in registers spills as well, unless there are fewer keys.
     if key_bytes == 1 and not device.converts_e4m3:
         config = replace(config, block_n=max(config.block_n // 2, SMALLEST))
-    if config.num_stages > 2 and programs * _operands(device, config, layer) > device.shared_memory:
+    if config.num_stages > 2 and programs * _operands(device, config, sizes) > device.shared_memory:
         config = replace(config, num_stages=2)
     return config
 
@@ -173,10 +175,10 @@ def _in_registers(table: Registers, head_size: int, rows: int) -> Config:
     return Config(block_m, keys, max(warps, min(block_m // 8, 8)), 1)
 
 
-def _cut(config: Config, device: Device, layer: Layer) -> Config:
+def _cut(config: Config, device: Device, sizes: Sizes) -> Config:
     """The tiling, made smaller until it fits: stages, then rows beyond 64, keys, rows, the last
     stage."""
-    while shared_memory(device, config, *layer) > device.shared_memory:
+    while shared_memory(device, config, *sizes) > device.shared_memory:
         m, n, warps, stages = config.block_m, config.block_n, config.num_warps, config.num_stages
         if stages > 2:
             config = replace(config, num_stages=stages - 1)
@@ -205,9 +207,9 @@ def shared_memory(
     return max(_operands(device, config, (head_size, query_bytes, key_bytes)), sums)
 
 
-def _operands(device: Device, config: Config, layer: Layer) -> int:
+def _operands(device: Device, config: Config, sizes: Sizes) -> int:
     """Bytes of shared memory that the loop over keys takes at most."""
-    head_size, query_bytes, key_bytes = layer
+    head_size, query_bytes, key_bytes = sizes
     d = sum(head_parts(head_size))
     m, n, stages = config.block_m, config.block_n, config.num_stages
     queries, logits = m * d * query_bytes, m * n * query_bytes

@@ -1,0 +1,1 @@
+"""xFormers' ops: split-K, FlashAttention 3, and those over contiguous keys."""
