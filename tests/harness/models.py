@@ -31,7 +31,7 @@ def read_cases(paths: list[str], tensor_parallel_size: int) -> tuple[list[AttnCa
             model = reader.read(path, tensor_parallel_size=tensor_parallel_size)
             found, not_asked = model_cases(model)
             lines += [f"{path}: {model.architecture}, {model.dtype}, read by {model.reader}"]
-            lines += [f"  {kind.name}" for kind in model.kinds if kind in found]
+            lines += [f"  {kind}" for kind in model.kinds if kind in found]
             lines += [f"  not asked: {layers}" for layers in not_asked]
             if not found:
                 reasons = "; ".join(map(str, not_asked)) or "it has no attention layer"

@@ -39,9 +39,13 @@ WIDTH = ("hidden_size", "n_embd", "d_model", "embed_dim")
 
 
 # Facts that vLLM's model makes of a config otherwise than the config's field says, and why.
+COHERE = "vLLM gives a windowed layer sliding_window + 1 keys (commandr.py)"
+BESIDE = "the config counts the keys on one side of the query, vLLM also the query's own"
 EXPLAINED = {
-    ("cohere2", "windows"): "vLLM gives these layers sliding_window + 1 keys",
-    ("cohere2_moe", "windows"): "vLLM gives these layers sliding_window + 1 keys",
+    ("cohere2", "windows"): COHERE,
+    ("cohere2_moe", "windows"): COHERE,
+    ("modernbert", "windows"): BESIDE,
+    ("openai_privacy_filter", "windows"): BESIDE,
 }
 
 
@@ -109,7 +113,12 @@ def expected(config: Any) -> Expected:
     text = config.get_text_config(decoder=True)
     heads, width = _first(text, HEADS), _first(text, WIDTH)
     size = _first(text, HEAD_SIZE)
-    if size is None and heads and width:
+    if "head_dim" in _per_layer(text):
+        size = None
+    elif _field(text, "qk_nope_head_dim") and _field(text, "qk_rope_head_dim"):
+        # Multi-head latent attention, which vLLM serves as multi-head attention in MiniCPM 3.
+        size = text.qk_nope_head_dim + text.qk_rope_head_dim
+    elif size is None and heads and width:
         size = width // heads
     kv_heads = _first(text, KV_HEADS)
     if _field(text, "multi_query") and not _field(text, "new_decoder_architecture"):
@@ -126,14 +135,14 @@ def expected(config: Any) -> Expected:
 
 
 def _field(config: Any, name: str) -> Any:
-    """A field's value; None where there is none, or where it differs from layer to layer.
+    """A field's value; None where there is none, or where it differs from layer to layer."""
+    return None if name in _per_layer(config) else getattr(config, name, None)
 
-    Transformers then raises an error of its own.
-    """
-    try:
-        return getattr(config, name, None)
-    except Exception:
-        return None
+
+def _per_layer(config: Any) -> frozenset[str]:
+    """The fields that differ from layer to layer."""
+    spec = vars(config).get("_heterogeneity_spec")
+    return frozenset(spec.per_layer_attributes if spec else ())
 
 
 def _windows(text: Any) -> dict[int | None, int] | None:
@@ -198,10 +207,7 @@ def try_one(reader: Reader, model_type: str, architecture: str, config: Any) -> 
             row.reason = str(error).replace(folder, "MODEL")
             row.outcome = LATE if "took more than" in row.reason else REFUSED
             return row
-    row.kinds = [
-        f"{kind.name}: {kind.num_heads}/{kind.num_kv_heads} heads of {kind.head_size}"
-        for kind in model.kinds
-    ]
+    row.kinds = [str(kind) for kind in model.kinds]
     row.not_asked = [str(layers) for layers in model.not_asked]
     row.outcome = READ if model.kinds else NOT_ASKED
     if model.kinds:

@@ -89,6 +89,10 @@ class Backend(AttentionBackend):
         return []
 
 
+# What allocates memory, and writes nothing to it.
+UNINITIALIZED = (torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty)
+
+
 class Uninitialized(TorchFunctionMode):
     """Within it, memory that nothing is written to lies on the meta device, and costs nothing.
 
@@ -100,7 +104,7 @@ class Uninitialized(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.empty, torch.empty_strided):
+        if func in UNINITIALIZED:
             kwargs["device"] = "meta"
             kwargs.pop("pin_memory", None)
         return func(*args, **kwargs)
@@ -316,7 +320,7 @@ def _other_layer(layer: Any) -> str:
 def _refused(config: Any) -> list[str]:
     from vllm.config import set_current_vllm_config
 
-    from xfv1 import compat
+    from xfv1 import support
 
     with set_current_vllm_config(config):
-        return compat.model_reasons()
+        return support.model_reasons()

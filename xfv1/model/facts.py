@@ -45,7 +45,7 @@ class LayerKind:
 
     @property
     def name(self) -> str:
-        """The kind in words: how it differs from plain causal attention, and its layers."""
+        """The kind in words: its features, its query and KV heads, and how many layers it has."""
         words = [
             (self.attention != "decoder", f"{self.attention} attention"),
             (self.sliding_window is not None, f"sliding window {self.sliding_window}"),
@@ -57,7 +57,11 @@ class LayerKind:
             (self.scale != self.head_size**-0.5, f"scale {self.scale:g}"),
         ]
         features = ", ".join(word for present, word in words if present) or "full attention"
-        return f"{features} ({_counted(self.layers)})"
+        heads = f"{self.num_heads}/{self.num_kv_heads} heads of {self.head_size}"
+        return f"{features}, {heads} ({_counted(self.layers)})"
+
+    def __str__(self) -> str:
+        return f"{self.name}: {spans(self.layers)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,7 @@ class NotAsked:
     layers: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{_counted(self.layers)}: {self.layer}: {self.reason}"
+        return f"{self.layer} ({_counted(self.layers)}): {self.reason}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,4 +126,4 @@ def spans(indices: tuple[int, ...]) -> str:
 
 
 def _counted(layers: tuple[int, ...]) -> str:
-    return f"{len(layers)} layer{'s' if len(layers) != 1 else ''}: {spans(layers)}"
+    return f"{len(layers)} layer{'s' if len(layers) != 1 else ''}"
