@@ -17,9 +17,11 @@ prepare()
 from fixtures.cases import AttnCase  # noqa: E402
 from fixtures.cases.tables import TIERS, rows  # noqa: E402
 from tests.harness import command_line, ledger  # noqa: E402
-from tests.harness.candidate import CandidateError, load_candidate  # noqa: E402
+from tests.harness.loading import CandidateError, load_candidate  # noqa: E402
+from tests.harness.promises import promise_of  # noqa: E402
 from tests.harness.provenance import device_name, installed_versions  # noqa: E402
-from tests.harness.report import Recorder, ReportPlugin, add_problem  # noqa: E402
+from tests.harness.record import Recorder, add_problem  # noqa: E402
+from tests.harness.report import ReportPlugin  # noqa: E402
 from tests.harness.watchdog import time_limit  # noqa: E402
 from xfv1.wording import one_line  # noqa: E402
 
@@ -103,7 +105,7 @@ def _share_machine() -> None:
     import torch
 
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    # What a CPU is given is small: more threads wait for each other more than they work.
+    # A CPU's cases are small: more threads would wait for each other more than they work.
     torch.set_num_threads(1)
     if not worker:
         return
@@ -129,17 +131,16 @@ def _tier(config: pytest.Config) -> str:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
+    promise = promise_of(metafunc.function)
     option = metafunc.config.option
     extra = command_line.extra_cases((*option.case, *option.model_cases))
-    chosen = getattr(metafunc.function, "cases", None) or (lambda case: True)
-    least = getattr(metafunc.function, "least_tier", None) or (lambda case: TIERS[0])
-    # What the command line names is in every tier that its test is in.
+    # A case that the command line names is in every tier that its test is in.
     tiers = dict.fromkeys(extra.values(), TIERS[0])
     if not option.case:
         tiers = {row.case: row.tier for row in rows()} | tiers
     params = []
-    for case in filter(chosen, tiers):
-        tier = max(tiers[case], least(case), key=TIERS.index)
+    for case in filter(promise.cases, tiers):
+        tier = promise.tier_of(case, tiers[case])
         marks = [getattr(pytest.mark, name) for name in TIERS[TIERS.index(tier) :]]
         params.append(pytest.param(case, id=case.id, marks=marks))
     metafunc.parametrize("case", params)

@@ -74,7 +74,7 @@ def measure(backend: type[Any], inputs: AttnInputs, calls: int) -> dict[str, flo
     """Median microseconds of the host."""
     from vllm.config import set_current_vllm_config
 
-    from tests.harness.candidate import common_metadata
+    from tests.harness.batch import common_metadata
 
     device = inputs.query.device
     driver = driver_of(backend, inputs.case, device)
@@ -123,7 +123,7 @@ def main() -> int:
     from tests.harness.environment import prepare
 
     prepare()
-    from tests.harness.candidate import load_candidate
+    from tests.harness.loading import load_candidate
 
     device = torch.device(args.device)
     state: dict[str, Any] = {

@@ -227,9 +227,9 @@ def config_as_served(case: AttnCase) -> Any:
     """The harness' VllmConfig with the graphs that serving has."""
     from vllm.config import CUDAGraphMode
 
-    from tests.harness import candidate
+    from tests.harness.server import config_of
 
-    config = copy.deepcopy(candidate.config_of(case))
+    config = copy.deepcopy(config_of(case))
     compilation = config.compilation_config
     compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     compilation.cudagraph_capture_sizes = GRAPH_SIZES
@@ -239,9 +239,9 @@ def config_as_served(case: AttnCase) -> Any:
 
 def driver_of(backend: type[Any], case: AttnCase, device: torch.device) -> Any:
     """A backend's own builder and impl, set up by the test harness for the batch's shapes."""
-    from tests.harness import candidate
+    from tests.harness.driver import drive
 
-    return candidate.drive(backend, case, device, config=config_as_served(case))
+    return drive(backend, case, device, config=config_as_served(case))
 
 
 @contextlib.contextmanager

@@ -1,1 +1,1 @@
-"""What every candidate must pass, one file to a kind of promise."""
+"""The tests that every candidate must pass, one file to a kind of promise."""

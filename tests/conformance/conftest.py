@@ -1,4 +1,7 @@
-"""What every conformance test shares: a case's inputs, a driver for it, and its refusal."""
+"""Shared by all conformance tests: the fixtures, and how a refusal ends a test.
+
+The fixtures have the names of `Trial`'s attributes, so that a trial can run a test without pytest.
+"""
 
 import contextlib
 import functools
@@ -11,38 +14,48 @@ import pytest
 import torch
 
 from fixtures.cases import AttnCase
-from fixtures.inputs import AttnInputs, Poison, build_inputs
-from tests.harness.candidate import Driver, Outcome, Refused, drive
-from tests.harness.oracle import reference_device
-
-
-@functools.lru_cache(maxsize=2)
-def _inputs(case: AttnCase, device: torch.device, poison: Poison) -> AttnInputs:
-    return build_inputs(case, reference_device(case, device), poison)
+from fixtures.inputs import AttnInputs
+from tests.harness.driver import Driver
+from tests.harness.trial import Trial
+from tests.harness.truth import Truth, expected
+from tests.harness.verdicts import Outcome, Refused
 
 
 @pytest.fixture
-def inputs(case: AttnCase, device: torch.device) -> AttnInputs:
-    """The case's inputs, poisoned as vLLM's contract allows."""
-    return _inputs(case, device, Poison.CONTRACT)
-
-
-@pytest.fixture
-def driver(candidate: type[Any], case: AttnCase, device: torch.device) -> Driver:
-    """The candidate set up for the case."""
-    return drive(candidate, case, device)
-
-
-@pytest.fixture
-def outcome(candidate: Any, case: AttnCase, device: torch.device) -> Outcome:
-    """The candidate's answer to the case: run once, looked at by several tests."""
-    return _outcome(candidate, case, device)
+def trial(candidate: Any, case: AttnCase, device: torch.device) -> Trial:
+    """The candidate on the case: one object for all tests of the case, which follow each other."""
+    return _trial(candidate, case, device)
 
 
 @functools.lru_cache(maxsize=1)
-def _outcome(candidate: type[Any], case: AttnCase, device: torch.device) -> Outcome:
-    driver = drive(candidate, case, device)
-    return driver.run(_inputs(case, device, Poison.CONTRACT))
+def _trial(candidate: type[Any], case: AttnCase, device: torch.device) -> Trial:
+    return Trial(candidate, case, device)
+
+
+@pytest.fixture
+def inputs(trial: Trial) -> AttnInputs:
+    return trial.inputs
+
+
+@pytest.fixture
+def driver(trial: Trial) -> Driver:
+    return trial.driver
+
+
+@pytest.fixture
+def outcome(trial: Trial) -> Outcome:
+    return trial.outcome
+
+
+@pytest.fixture
+def written(trial: Trial) -> torch.Tensor:
+    return trial.written
+
+
+@pytest.fixture(scope="session")
+def truth() -> Truth:
+    """The reference, also for tests that draw their cases themselves and so have no trial."""
+    return expected
 
 
 @pytest.hookimpl(wrapper=True)
@@ -65,7 +78,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Any:
 
 
 def _share_memory() -> None:
-    """Give back what PyTorch keeps for later where that is more than this worker's share."""
+    """Free the GPU memory that PyTorch caches, if it is more than half of this worker's share."""
     if not torch.cuda.is_initialized():
         return
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -87,7 +100,7 @@ def _refused_or_lost(item: pytest.Item) -> Iterator[None]:
 
 
 def _leave_if_device_is_lost(item: pytest.Item, error: RuntimeError) -> None:
-    """After an illegal access nothing runs any more on this process's GPU.
+    """End the process if its GPU is lost: after an illegal access nothing runs on it any more.
 
     An xdist worker then dies, so that its test alone fails and another worker takes the rest;
     a process of its own stops.

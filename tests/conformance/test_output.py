@@ -1,12 +1,17 @@
 """Is every number of the output what the reference says, within what rounding explains?"""
 
 from fixtures.inputs import AttnInputs
-from tests.harness.candidate import Outcome
-from tests.harness.compare import check_against_reference, check_padding
-from tests.harness.report import Recorder
+from tests.harness.compare import check_output, check_padding
+from tests.harness.promises import every, promise
+from tests.harness.record import Recorder
+from tests.harness.truth import Truth
+from tests.harness.verdicts import Outcome
 
 
-def test_output_matches_reference(outcome: Outcome, inputs: AttnInputs, record: Recorder) -> None:
+@promise("output", cases=every, tier="smoke")
+def test_output_matches_reference(
+    outcome: Outcome, inputs: AttnInputs, truth: Truth, record: Recorder
+) -> None:
     """Each (token, head, dim) within its budget; rows that are padding untouched."""
-    check_against_reference(inputs, outcome, record)
+    record(check_output(inputs, outcome, truth(inputs, outcome.query)))
     check_padding(inputs, outcome)

@@ -13,20 +13,21 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from fixtures.cases import AttnCase
-from fixtures.cases.strategies import cases_of, parts, profile
+from fixtures.cases.strategies import cases_of, parts, profile, seeded
 from fixtures.cases.tables import TIERS
-from fixtures.inputs import build_inputs
 from tests.conformance import test_cache, test_output
-from tests.harness.candidate import Refused, drive
 from tests.harness.compare import check_cache, check_output, check_padding
 from tests.harness.ledger import Known
-from tests.harness.oracle import expected, reference_device
-from tests.harness.report import record_drawn
+from tests.harness.record import record_drawn
+from tests.harness.trial import Trial
+from tests.harness.truth import Truth
+from tests.harness.verdicts import Refused
 
 pytestmark = [getattr(pytest.mark, tier) for tier in TIERS]
 
 
 @pytest.mark.parametrize("part", parts())
+@seeded
 @profile()
 @given(data=st.data())
 def test_any_case_matches_the_reference(
@@ -34,21 +35,23 @@ def test_any_case_matches_the_reference(
     part: int,
     candidate: type[Any],
     device: torch.device,
+    truth: Truth,
     known_failures: list[Known],
     request: pytest.FixtureRequest,
 ) -> None:
     """Output within its budget, padding and all of the cache but the new tokens untouched."""
     drawn: AttnCase = data.draw(cases_of(part))
-    inputs = build_inputs(drawn, reference_device(drawn, device))
-    # The test that asks the same of a case of the tables: an entry of the ledger names that.
+    trial = Trial(candidate, drawn, device)
+    inputs = trial.inputs
+    # Entries of the ledger name the tests that check the same for the cases of the tables.
     asked = test_output.test_output_matches_reference.__name__
     try:
-        outcome = drive(candidate, drawn, device).run(inputs)
-        truth = expected(inputs, outcome.query)
-        verdict = check_output(inputs, outcome, truth)
+        outcome = trial.outcome
+        right = truth(inputs, outcome.query)
+        verdict = check_output(inputs, outcome, right)
         check_padding(inputs, outcome)
         asked = test_cache.test_cache_holds_new_tokens_and_nothing_else_changes.__name__
-        check_cache(inputs, outcome, truth.storage)
+        check_cache(inputs, outcome, right.storage)
     except Refused as refusal:
         event(f"refused: {refusal}")
         record_drawn(request.node, refused=1)
@@ -61,4 +64,4 @@ def test_any_case_matches_the_reference(
         record_drawn(request.node, failed=drawn.id)
         raise
     else:
-        record_drawn(request.node, elements=verdict.elements, share=verdict.share)
+        record_drawn(request.node, verdict)

@@ -9,15 +9,17 @@ from fixtures.cases import AttnCase
 from fixtures.inputs import TORCH_DTYPES, AttnInputs
 from fixtures.inputs.probes import build_probe, can_probe
 from reference import visible
-from tests.harness.candidate import drive
-from tests.harness.compare import Mismatch
-from tests.harness.report import Recorder
+from tests.harness.driver import drive
+from tests.harness.promises import promise
+from tests.harness.record import Recorder
+from tests.harness.verdicts import Mismatch, Verdict
 
 # A count of n visible keys is off by one where the output is off by more than 1 / (n + 1); half
 # of that is left to rounding, for as long as rounding is the smaller (bf16: up to 64 keys).
 COUNTABLE = 64
 
 
+@promise("visibility", cases=can_probe, tier="smoke")
 def test_sees_exactly_the_keys_it_may(
     candidate: type[Any],
     case: AttnCase,
@@ -54,7 +56,7 @@ def test_sees_exactly_the_keys_it_may(
         counts = mask(torch.arange(length)).sum(dim=1)
         _check_counts(rows[..., dims], may, counts + case.sinks, probe.value, request)
         asked += wrong.numel()
-    record(elements=asked)
+    record(Verdict(asked))
 
 
 def _check_counts(
@@ -71,6 +73,3 @@ def _check_counts(
             f"request {request}, token {token}, head {head}: {found:.2f} keys are seen,"
             f" expected {int(counts[token])}"
         )
-
-
-test_sees_exactly_the_keys_it_may.cases = can_probe  # type: ignore[attr-defined]

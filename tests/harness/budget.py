@@ -1,7 +1,8 @@
 """How far from the truth an honest kernel may be: the one place where a tolerance is derived.
 
-Truth is the float64 reference on the very numbers the candidate was given. What an honest kernel
-does to them (`reference.lowprec` is one) is a handful of roundings, each with a known size:
+The truth is the answer of the float64 reference to the very numbers that the candidate was given.
+An honest kernel (`reference.lowprec` is one) differs from it by a handful of roundings, and the
+size of each is known:
 
 1. The output is rounded once: u * |o|, with u the unit roundoff of the model's dtype.
 2. Each probability p_j is rounded to the operands' dtype before it meets v_j. The errors of
@@ -16,7 +17,7 @@ does to them (`reference.lowprec` is one) is a handful of roundings, each with a
 4. A quantized cache may be dequantized to the model's dtype first: u / sqrt(3) relative on each
    element of k and v more.
 5. fp16 has probabilities below its smallest normal: an absolute error of half a subnormal step.
-   What float32 itself has below its smallest normal, a GPU may flush to zero.
+   A GPU may flush float32 numbers below float32's smallest normal to zero.
 6. Where the layer quantizes the query for the backend, the kernel multiplies in float8, which its
    probabilities are rounded to (2) before they are divided by their exact sum. Those near zero
    are off by at most themselves, and at most half that type's smallest step beside a largest
@@ -47,7 +48,7 @@ from reference.attention import Attended
 SIGMAS = 6.0
 UNIFORM = 3.0**-0.5
 U32 = 2.0**-24
-# Roundings a float32 dot product, its scaling and an exponential come to, in units of u32.
+# The roundings of a float32 dot product, its scaling and an exponential together, in units of u32.
 LOGIT_ROUNDINGS = 8.0
 TANH_APPROX = 2.0**-11
 
@@ -55,7 +56,8 @@ TANH_APPROX = 2.0**-11
 class Spread(NamedTuple):
     """How far <error, w> of one request may be from 0.
 
-    variance: of what is independent from request to request. drift: bound on what is not.
+    variance: of the errors that are independent from request to request. drift: a bound on the
+    errors that are not.
     """
 
     variance: float
@@ -64,7 +66,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Budget:
-    """Bounds on |candidate - truth|, and what they were derived from.
+    """Bounds on |candidate - truth|, and the quantities that they were derived from.
 
     output: [num_queries, num_heads, head_size] float64. lse: [num_queries, num_heads] float64.
     value: [num_keys, num_kv_heads, head_size] float64, zero where no query sees it.
@@ -92,7 +94,7 @@ class Budget:
         heads = self.value.shape[1], w.shape[1] // self.value.shape[1]
         by_key = torch.einsum("qhgd,khd->hgqk", w.unflatten(1, heads), self.value).flatten(0, 1)
         by_output = (o * w).sum(dim=-1).transpose(0, 1)[..., None]
-        # As above: normalized by the rounded or by the exact sum.
+        # A kernel normalizes by the rounded or by the exact sum: see 2 above.
         probabilities = 2.0 * (self.noise * (by_key.square() + by_output.square())).sum()
         rounded = unit_roundoff(self.dtype) * o.abs() + smallest_step(self.dtype)
         rounding = (UNIFORM * rounded * w).square().sum()
@@ -107,7 +109,7 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def smallest_step(dtype: torch.dtype) -> float:
-    """The largest error of rounding what is next to zero."""
+    """The largest error of rounding a number next to zero."""
     flushed = torch.finfo(torch.float32).smallest_normal
     return max(torch.finfo(dtype).smallest_normal * unit_roundoff(dtype), flushed)
 

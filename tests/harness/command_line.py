@@ -16,8 +16,8 @@ from fixtures.cases import AttnCase
 from fixtures.cases.strategies import profile
 from fixtures.cases.tables import TIERS
 from tests.harness import ledger
-from tests.harness.candidate import named
 from tests.harness.environment import not_installed
+from tests.harness.loading import named
 from tests.harness.models import read_cases
 from xfv1 import settings
 from xfv1.wording import did_you_mean, one_line, shown

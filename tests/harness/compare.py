@@ -1,41 +1,27 @@
-"""Compare what a candidate did with what the reference says, and say what is wrong in full."""
+"""Compare what a candidate did with the truth; where they differ, say in full what is wrong.
 
-from dataclasses import dataclass
+A check gets the truth as an argument and calls neither the reference nor a candidate.
+"""
 
 import torch
 
-from fixtures.inputs.build import BATCH_TENSORS, AttnInputs
-from tests.harness.candidate import UNTOUCHED, Mismatch, Outcome, bits
-from tests.harness.oracle import SCALE_FAULT, Expected, expected
-from tests.harness.report import Recorder
-
-__all__ = [
-    "Mismatch",
-    "Verdict",
-    "check_against_reference",
-    "check_cache",
-    "check_inputs_unchanged",
-    "check_lse",
-    "check_output",
-    "check_padding",
-    "raw",
-]
+from fixtures.inputs import AttnInputs
+from fixtures.inputs.build import BATCH_TENSORS
+from fixtures.inputs.pages import physical_shape
+from tests.harness.memory import UNTOUCHED, bits, raw
+from tests.harness.truth import SCALE_FAULT, Expected
+from tests.harness.verdicts import Mismatch, Outcome, Verdict
 
 # Above this share of the budget a case fails.
 LIMIT = 1.0
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """elements: how many numbers were compared. share: the worst error in its budget."""
-
-    elements: int
-    share: float
-
-
 def check_output(inputs: AttnInputs, outcome: Outcome, expected: Expected) -> Verdict:
-    """Every (token, head, dim) of the output within its budget, and so their sum along what a
-    wrong softmax scale would do: a percent of it moves no element by more than bf16 rounds.
+    """Every (token, head, dim) of the output is within its budget, and so is their sum along what
+    a wrong softmax scale would do.
+
+    A scale that is off by a percent moves no element by more than bf16 rounds; only the sum shows
+    it.
 
     Raises:
         Mismatch: with the worst element, both values and the budget, or with the scale.
@@ -93,16 +79,6 @@ def _short(numbers: list[int]) -> str:
     return f"{shown}, ... ({len(numbers)})" if len(numbers) > 8 else shown
 
 
-def check_against_reference(inputs: AttnInputs, outcome: Outcome, record: Recorder) -> None:
-    """`check_output` against the reference's answer to the inputs, and into the report.
-
-    Raises:
-        Mismatch: see `check_output`.
-    """
-    verdict = check_output(inputs, outcome, expected(inputs, outcome.query))
-    record(elements=verdict.elements, share=verdict.share)
-
-
 def check_lse(lse: torch.Tensor, expected: Expected) -> Verdict:
     """Every (token, head) of the LSE within its budget.
 
@@ -132,7 +108,7 @@ def check_lse(lse: torch.Tensor, expected: Expected) -> Verdict:
 def check_padding(inputs: AttnInputs, outcome: Outcome) -> None:
     """Output rows past num_actual_tokens are as they were, bit for bit.
 
-    A captured graph's batch counts its padding as tokens, so there nothing is promised.
+    A captured graph's batch counts its padding as tokens; of its output nothing is promised.
 
     Raises:
         Mismatch: naming the first row written.
@@ -170,8 +146,6 @@ def check_cache(inputs: AttnInputs, outcome: Outcome, expected_storage: torch.Te
 
 def _locate(inputs: AttnInputs, flat: int) -> tuple[int, int, int, int, int]:
     """(layer, block, head, offset, content) of a flat index into the storage."""
-    from fixtures.inputs.pages import physical_shape
-
     order, shape = physical_shape(inputs.case, inputs.storage.numel())
     indices = [int(i) for i in torch.unravel_index(torch.tensor(flat), shape)]
     by_axis = dict(zip(order, indices, strict=True))
@@ -188,9 +162,3 @@ def check_inputs_unchanged(inputs: AttnInputs, given: AttnInputs) -> None:
         was, is_now = (raw(getattr(of, name)).to(inputs.device) for of in (inputs, given))
         if not torch.equal(was, is_now):
             raise Mismatch(f"the candidate changed its input {name}")
-
-
-def raw(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor of integers, so that NaN compares equal to itself."""
-    dense = tensor.contiguous()
-    return bits(dense) if dense.is_floating_point() else dense

@@ -1,4 +1,4 @@
-"""What must hold in a process before vLLM is imported in it."""
+"""Prepare a process before vLLM is imported in it."""
 
 import importlib
 import importlib.util

@@ -37,7 +37,7 @@ class Known:
     unless: tuple[str, ...] = ()
 
     def applies(self, candidate: str, vllm_version: str, device: str) -> bool:
-        """Whether the entry says anything of a run."""
+        """Whether the entry is about a run of this candidate, vLLM and device."""
         return (
             candidate == self.candidate
             and any(fnmatch.fnmatchcase(vllm_version, pattern) for pattern in self.versions)
@@ -63,7 +63,7 @@ def load_ledger(path: Path = LEDGER) -> list[Known]:
 
 
 def _entries(path: Path) -> list[Any]:
-    """What the file holds under `known`."""
+    """The entries that the file holds under `known`."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise OSError(errno.EINVAL, "Not a regular file")
@@ -82,7 +82,7 @@ def _entries(path: Path) -> list[Any]:
 
 
 def _known(where: str, entry: Any) -> Known:
-    """An entry, checked. where: it, for complaints."""
+    """An entry, checked. where: the file and the entry's number, for complaints."""
     if not isinstance(entry, dict):
         raise LedgerError(f"{where}: {shown(entry)}: expected a table")
     for field in REQUIRED:

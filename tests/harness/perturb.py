@@ -16,14 +16,7 @@ from fixtures.cases.effects import Hidden, first_of, most_keys, unless
 from fixtures.inputs import AttnInputs
 from reference import attend, visible
 from reference.lowprec import attend_lowprec
-from tests.harness.oracle import (
-    SCALE_FAULT,
-    Expected,
-    Request,
-    requests,
-    semantics,
-    written_cache,
-)
+from tests.harness.truth import SCALE_FAULT, Expected, Request, requests, semantics, written_cache
 
 Arguments = dict[str, Any]
 Answer = Callable[[AttnInputs, Request, Arguments], torch.Tensor]

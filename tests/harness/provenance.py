@@ -1,4 +1,4 @@
-"""What a result holds for: device, versions, commit and date."""
+"""The facts that a result holds for: device, versions, commit and date."""
 
 import datetime
 import functools
@@ -34,7 +34,7 @@ def installed_versions() -> dict[str, str]:
 
 @functools.cache
 def device_name() -> str:
-    """The GPU's, or cpu. Starts CUDA where there is a GPU."""
+    """The GPU's name, or cpu. Starts CUDA where there is a GPU."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -42,7 +42,7 @@ def device_name() -> str:
 
 @functools.cache
 def commit() -> str | None:
-    """The checkout's, or $COMMIT where there is no git."""
+    """The checkout's commit, or $COMMIT where there is no git."""
     if given := os.environ.get("COMMIT"):
         return given
     try:

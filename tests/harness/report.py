@@ -16,13 +16,13 @@ from fixtures.cases import CUSTOM, AttnCase, CaseError
 from fixtures.cases.space import FEATURES, features_of
 from tests.harness.command_line import conforms
 from tests.harness.provenance import environment
+from tests.harness.record import PROBLEM, PROBLEMS, recorded
+from tests.harness.settings import assignments, settings
 from xfv1.wording import one_line, shown
 
 PLAIN = "plain"
 COLUMNS = (PLAIN, *FEATURES)
 STATUSES = ("passed", "refused", "known", "failed")
-PROPERTY = "conformance"
-PROBLEM = "conformance_problems"
 # Exit statuses of a run that has ended: passed, failed, without tests.
 ENDED = (0, 1, 5)
 # The end of a failure's text holds what was wrong.
@@ -53,70 +53,18 @@ def columns_of(case: AttnCase) -> list[str]:
     return features_of(case) or [PLAIN]
 
 
-class Recorder:
-    """What a test hands to the report, through pytest's user properties (xdist carries these)."""
-
-    def __init__(self, node: pytest.Item) -> None:
-        self.node = node
-
-    def __call__(self, *, elements: int = 0, share: float | None = None) -> None:
-        self.node.user_properties.append((PROPERTY, {"elements": elements, "share": share}))
-
-
-def record_drawn(
-    node: pytest.Item,
-    *,
-    elements: int = 0,
-    share: float | None = None,
-    refused: int = 0,
-    known: str = "",
-    failed: str = "",
-) -> None:
-    """Adds one case that a test drew itself to what the test reports, in one user property.
-
-    Args:
-        refused: 1 if the candidate refused it.
-        known: the ledger's reason, if it fails as is known.
-        failed: the case's id, if the test fails by it.
-    """
-    found = [value for name, value in node.user_properties if name == PROPERTY]
-    if not found:
-        counts: dict[str, Any] = {"drawn": 0, "refused": 0, "known": 0}
-        found.append({"elements": 0, "share": None, "reason": "", "failed": "", **counts})
-        node.user_properties.append((PROPERTY, found[0]))
-    total = found[0]
-    assert isinstance(total, dict)
-    total["elements"] += elements
-    total["share"] = max((s for s in (total["share"], share) if s is not None), default=None)
-    total["drawn"] += 1
-    total["refused"] += refused
-    total["known"] += bool(known)
-    total["reason"] = known or total["reason"]
-    # Hypothesis ends with the least case that fails.
-    total["failed"] = failed or total["failed"]
-
-
-PROBLEMS = pytest.StashKey[list[str]]()
-
-
-def add_problem(config: pytest.Config, problem: str) -> None:
-    """What makes a run fail whatever its tests say; from an xdist worker too."""
-    if hasattr(config, "workeroutput"):
-        config.workeroutput.setdefault(PROBLEM, []).append(problem)
-    else:
-        config.stash.setdefault(PROBLEMS, []).append(problem)
-
-
 class ReportPlugin:
     """Collects results on the controlling process and reports them when all is done.
 
     candidate: as --candidate names it. tier: of the tests that are run. folder: of the report.
+    settings: the environment variables that can change a verdict, of those that are set.
     running: ids of tests, or names of other steps, that have begun and not ended.
     """
 
     def __init__(self, config: pytest.Config, candidate: str, tier: str) -> None:
         self.config = config
         self.candidate, self.tier = candidate, tier
+        self.settings = settings()
         given: str = config.getoption("--report")
         self.folder = config.invocation_params.dir / os.path.expanduser(given)
         self.results: list[Result] = []
@@ -215,28 +163,19 @@ class ReportPlugin:
             if report.when == "setup":
                 self.setups[report.nodeid] = report.duration
             return
-        measured: dict[str, Any] = {"elements": 0, "share": None}
         test, _, rest = name.partition("[")
-        case = _case_id(rest.removesuffix("]").partition("@")[0])
+        found = recorded(report.user_properties)
         status, reason = _status(report)
-        for name, value in report.user_properties:
-            if name == PROPERTY and isinstance(value, dict):
-                measured["elements"] += value["elements"]
-                shares = [s for s in (measured["share"], value["share"]) if s is not None]
-                measured["share"] = max(shares) if shares else None
-                case = case or value.get("failed", "")
-                if "drawn" in value:
-                    counts = (f"{value[s]} {s}" for s in ("refused", "known") if value[s])
-                    reason = reason or ", ".join([f"{value['drawn']} drawn", *counts])
-                    if value["known"] and status == "passed":
-                        status, reason = "known", f"{reason}: {value['reason']}"
+        reason = reason or found.drawn
+        if found.known and status == "passed":
+            status, reason = "known", f"{reason}: {found.known}"
         self.results.append(
             Result(
                 test=test,
-                case=case,
+                case=_case_id(rest.removesuffix("]").partition("@")[0]) or found.failed,
                 status=status,
-                elements=measured["elements"],
-                share=measured["share"],
+                elements=found.elements,
+                share=found.share,
                 reason=reason,
                 seconds=round(report.duration + self.setups.pop(report.nodeid, 0.0), 4),
                 at=round(time.perf_counter() - self.began, 2),
@@ -299,14 +238,15 @@ class ReportPlugin:
 
     def _save(self, **facts: Any) -> None:
         """Write results.json, whole or not at all."""
-        content = {"candidate": self.candidate, "tier": self.tier, **facts}
+        own = {"candidate": self.candidate, "tier": self.tier, "settings": self.settings}
+        content = {**own, **facts}
         target = self.folder / "results.json"
         partial = target.with_suffix(".tmp")
         partial.write_text(json.dumps(content, indent=1))
         partial.replace(target)
 
     def _coverage(self) -> str:
-        """What a whole tier's run covered; nothing to say of a part of one."""
+        """A line about what a whole tier's run covered; empty if only a part of a tier was run."""
         from fixtures.cases.covering import coverage_line
 
         option = self.config.option
@@ -332,7 +272,8 @@ class ReportPlugin:
         again = [f"--case={r.case}" if r.case else f"-k {r.test}" for r in failed]
         # Each case once, whichever of its tests fail.
         for chosen in dict.fromkeys(again):
-            write(f"rerun: pytest --candidate={self.candidate} {chosen}")
+            words = (*assignments(self.settings), "pytest", f"--candidate={self.candidate}", chosen)
+            write(f"rerun: {' '.join(words)}")
         if line := self._coverage():
             write(line)
         for problem in self.problems:

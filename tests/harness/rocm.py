@@ -13,7 +13,7 @@ WHERE = (
 
 
 def problem() -> str:
-    """What is missing or built for something else, in one line; empty if all is well."""
+    """One line that names what is missing or built for something else; empty if all is well."""
     for package in ("torch", "vllm"):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed: {WHERE}"

@@ -1,4 +1,4 @@
-"""What a run's results.json says, without its rows: small enough to keep in a repository.
+"""A run's results.json without its rows: small enough to keep in a repository.
 
 python -m tests.harness.summary report/results.json > docs/results/h100.json
 """

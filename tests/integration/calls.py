@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from fixtures.inputs import TORCH_DTYPES, AttnInputs
-from tests.harness.oracle import written_cache
+from tests.harness.truth import written_cache
 from xfv1.ops.base import Call, Layer
 from xfv1.phase import DECODE, ENCODER, PREFILL, Batch, Phase
 

@@ -20,9 +20,9 @@ from benchmarks import say
 from fixtures.cases.covering import covering_cases
 from fixtures.cases.tables import work
 from fixtures.inputs import AttnInputs, build_inputs
-from tests.harness.candidate import Mismatch, Outcome
 from tests.harness.compare import check_lse, check_output
-from tests.harness.oracle import expected
+from tests.harness.truth import expected
+from tests.harness.verdicts import Mismatch, Outcome
 from tests.integration.calls import whole_call
 from xfv1.device import device_of
 from xfv1.dispatch import OPS

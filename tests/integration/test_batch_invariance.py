@@ -11,9 +11,12 @@ import torch
 from fixtures.cases import AttnCase
 from fixtures.inputs import AttnInputs, build_inputs
 from fixtures.inputs.transforms import first_tokens, later_tokens, select_requests
-from tests.harness.candidate import Outcome, Refused, bits, drive
-from tests.harness.compare import check_against_reference
-from tests.harness.report import Recorder
+from tests.harness.compare import check_output
+from tests.harness.driver import drive
+from tests.harness.memory import bits
+from tests.harness.record import Recorder
+from tests.harness.truth import expected
+from tests.harness.verdicts import Outcome, Refused
 from tests.integration.interpreted import passed_in_interpreter
 from xfv1.backend import XFormersAttentionBackend
 from xfv1.device import device_of
@@ -83,7 +86,8 @@ def test_a_requests_bits_are_the_same_in_two_steps(sample: AttnCase, device: tor
 @pytest.mark.parametrize("sample", CASES, ids=lambda case: case.id)
 def test_answers_are_right(sample: AttnCase, device: torch.device, record: Recorder) -> None:
     inputs = build_inputs(sample, device)
-    check_against_reference(inputs, run(inputs), record)
+    outcome = run(inputs)
+    record(check_output(inputs, outcome, expected(inputs, outcome.query)))
 
 
 @pytest.mark.usefixtures("own_kernel")

@@ -22,9 +22,12 @@ import torch
 from fixtures.cases import AttnCase
 from fixtures.inputs.build import AttnInputs, build_inputs
 from fixtures.inputs.pages import HUGE, NULL_BLOCK
-from tests.harness import candidate
-from tests.harness.candidate import Driver, Refused, common_metadata, drive, new_output
-from tests.harness.oracle import expected
+from tests.harness import server
+from tests.harness.batch import common_metadata
+from tests.harness.driver import Driver, drive
+from tests.harness.memory import new_output
+from tests.harness.truth import expected
+from tests.harness.verdicts import Refused
 from tests.integration.interpreted import passed_in_interpreter
 from tests.integration.test_metadata import assert_same
 from xfv1 import compat
@@ -152,7 +155,7 @@ def parallel(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Group]:
     """Puts this process into a group of that size, and vLLM's configuration with it."""
     from vllm.distributed import parallel_state
 
-    configured = candidate.vllm_config
+    configured = server.vllm_config
 
     def enter(size: int, interleave: int = 1, comm: str = "ag_rs") -> Group:
         def config(*shape: Any) -> Any:
@@ -165,7 +168,7 @@ def parallel(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Group]:
 
         group = Group(size)
         monkeypatch.setattr(parallel_state, "_DCP", group)
-        monkeypatch.setattr(candidate, "vllm_config", config)
+        monkeypatch.setattr(server, "vllm_config", config)
         return group
 
     return enter

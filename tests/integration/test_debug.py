@@ -10,16 +10,11 @@ import torch
 from fixtures.cases import AttnCase
 from fixtures.cases.tables import cases
 from fixtures.inputs import Poison, build_inputs
-from tests.harness.candidate import (
-    UNTOUCHED,
-    Driver,
-    bits,
-    common_metadata,
-    drive,
-    new_output,
-)
+from tests.harness.batch import common_metadata
 from tests.harness.compare import check_cache, check_output
-from tests.harness.oracle import expected, written_cache
+from tests.harness.driver import Driver, drive
+from tests.harness.memory import UNTOUCHED, bits, new_output
+from tests.harness.truth import expected, written_cache
 from xfv1 import debug
 from xfv1.backend import XFormersAttentionBackend
 from xfv1.dispatch import OPS

@@ -9,8 +9,8 @@ import torch
 from fixtures.cases import AttnCase
 from fixtures.inputs import build_inputs
 from reference import gather_kv
-from tests.harness.candidate import bits
 from tests.harness.environment import has_xformers
+from tests.harness.memory import bits
 from tests.integration.calls import whole_call
 from tests.museum.twins import GatheredOp
 from xfv1.ops.xformers import gather

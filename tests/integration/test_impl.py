@@ -9,8 +9,9 @@ import torch
 
 from fixtures.cases import KV_LAYOUTS, AttnCase
 from fixtures.inputs import AttnInputs, build_inputs
-from tests.harness.candidate import Driver, drive, new_output
+from tests.harness.driver import Driver, drive
 from tests.harness.environment import has_xformers
+from tests.harness.memory import new_output
 from tests.integration import test_dispatch
 from tests.integration.calls import whole_call
 from xfv1 import compat, dispatch, support

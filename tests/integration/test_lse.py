@@ -13,10 +13,10 @@ from fixtures.cases import AttnCase
 from fixtures.cases.covering import covering_cases
 from fixtures.cases.tables import work
 from fixtures.inputs import build_inputs
-from tests.harness.candidate import Mismatch
 from tests.harness.compare import check_lse
 from tests.harness.environment import has_xformers
-from tests.harness.oracle import expected
+from tests.harness.truth import expected
+from tests.harness.verdicts import Mismatch
 from tests.integration.calls import whole_call
 from tests.integration.interpreted import passed_in_interpreter
 from xfv1.device import device_of

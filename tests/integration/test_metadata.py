@@ -14,9 +14,11 @@ import torch
 from fixtures.cases import AttnCase
 from fixtures.inputs import build_inputs
 from fixtures.inputs.transforms import as_captured
-from tests.harness.candidate import common_metadata, drive
-from tests.harness.compare import check_against_reference
-from tests.harness.report import Recorder
+from tests.harness.batch import common_metadata
+from tests.harness.compare import check_output
+from tests.harness.driver import drive
+from tests.harness.record import Recorder
+from tests.harness.truth import expected
 from xfv1.backend import XFormersAttentionBackend
 from xfv1.phase import DECODE, PREFILL
 
@@ -107,7 +109,8 @@ def test_drafting_after_verification_equals_a_build(device: torch.device, record
     drafting = driver.builder.build_for_drafting(common_attn_metadata=common, draft_index=1)
     assert_same(drafting, driver.builder.build(0, common, fast_build=True))
     assert [phase.batch.kind for phase in drafting.phases] == [DECODE]
-    check_against_reference(inputs, driver.step(inputs.copied(device), drafting), record)
+    outcome = driver.step(inputs.copied(device), drafting)
+    record(check_output(inputs, outcome, expected(inputs, outcome.query)))
 
 
 def test_a_draft_models_longer_requests_are_not_taken_for_whole_prompts(

@@ -10,9 +10,10 @@ import torch
 from fixtures.cases import AttnCase
 from fixtures.inputs import AttnInputs, build_inputs
 from fixtures.inputs.transforms import permute_blocks
-from tests.harness.candidate import Driver, common_metadata, drive
+from tests.harness.batch import common_metadata
 from tests.harness.compare import check_output
-from tests.harness.oracle import expected
+from tests.harness.driver import Driver, drive
+from tests.harness.truth import expected
 from xfv1.backend import XFormersAttentionBackend
 from xfv1.phase import DECODE, PREFILL, Phase
 

@@ -39,7 +39,7 @@ def selected() -> type[Any]:
     from vllm.config import set_current_vllm_config
     from vllm.v1.attention.selector import get_attn_backend
 
-    from tests.harness.candidate import vllm_config
+    from tests.harness.server import vllm_config
 
     with set_current_vllm_config(vllm_config(8, 2, 64, "fp32", 32, "auto", None)):
         backend: type[Any] = get_attn_backend(64, torch.float32, "auto")
@@ -271,7 +271,7 @@ def test_a_server_that_vllm_asks_nobody_about_is_refused(
     """As on a CPU, whose platform asks a backend nothing."""
     from vllm.config import set_current_vllm_config
 
-    from tests.harness.candidate import vllm_config
+    from tests.harness.server import vllm_config
     from xfv1.impl import XFormersImpl
 
     config = vllm_config(8, 2, 64, "fp32", 32, "auto", None)

@@ -12,9 +12,10 @@ import torch
 
 from fixtures.cases import AttnCase
 from fixtures.inputs import build_inputs
-from tests.harness.candidate import Outcome, new_output
 from tests.harness.compare import check_lse, check_output
-from tests.harness.oracle import expected, written_cache
+from tests.harness.memory import new_output
+from tests.harness.truth import expected, written_cache
+from tests.harness.verdicts import Outcome
 from tests.integration import sanitize
 from tests.integration.interpreted import passed_in_interpreter
 from xfv1.device import device_of

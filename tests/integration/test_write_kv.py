@@ -11,7 +11,7 @@ import torch
 
 import reference
 from tests.cards.cards import CARDS
-from tests.harness.candidate import bits
+from tests.harness.memory import bits
 from xfv1 import cache
 from xfv1.cache import fp8_dtype, vllm_writes, write_kv
 

@@ -3,6 +3,7 @@
 A command is a line of a shell in words: environment variables come first, as NAME=value.
 """
 
+import itertools
 import json
 import os
 import re
@@ -91,6 +92,11 @@ def run_once(folder: Path, *command: str, cwd: Path = ROOT) -> Run:
     """What `python -m pytest` does with this command; modules in the folder can be imported."""
     done = _python("-m", "pytest", *_with_report(folder, *command), cwd=cwd, path=folder)
     return Run(done.returncode, done.stdout, folder)
+
+
+def without_settings(words: Sequence[str]) -> list[str]:
+    """A command without the environment variables that come first."""
+    return list(itertools.dropwhile(re.compile(ASSIGNMENT).fullmatch, words))
 
 
 def _with_report(folder: Path, *command: str) -> list[str]:

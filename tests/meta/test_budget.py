@@ -13,9 +13,7 @@ import torch
 from fixtures.cases import DTYPES, AttnCase, CaseError
 from fixtures.cases.scenarios import SCENARIOS
 from fixtures.inputs import AttnInputs, build_inputs
-from tests.harness.candidate import Mismatch, Outcome
 from tests.harness.compare import check_output
-from tests.harness.oracle import Expected, expected
 from tests.harness.perturb import (
     PERTURBATIONS,
     SEVERAL,
@@ -26,6 +24,8 @@ from tests.harness.perturb import (
     output_share,
     worst_share,
 )
+from tests.harness.truth import Expected, expected
+from tests.harness.verdicts import Mismatch, Outcome
 
 # bf16 has the widest budget, few elements are few chances; 8 heads plant every target.
 SHAPE: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 2, "head_size": 16, "dtype": "bf16"}

@@ -8,7 +8,8 @@ import torch
 from fixtures.cases import AttnCase
 from fixtures.inputs import build_inputs
 from fixtures.inputs.transforms import as_captured
-from tests.harness.candidate import Driver, Refused, drive
+from tests.harness.driver import Driver, drive
+from tests.harness.verdicts import Refused
 from xfv1.backend import XFormersAttentionBackend
 
 CPU = torch.device("cpu")

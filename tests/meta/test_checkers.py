@@ -36,18 +36,18 @@ from fixtures.inputs.transforms import (
 )
 from reference import attend
 from tests.conformance import test_invariance, test_visibility
-from tests.harness.candidate import Outcome, bits, check_guards, new_output
 from tests.harness.compare import (
-    Mismatch,
     check_cache,
     check_inputs_unchanged,
     check_lse,
     check_output,
     check_padding,
 )
-from tests.harness.oracle import Expected, expected, requests, semantics, written_cache
+from tests.harness.memory import bits, check_guards, new_output
 from tests.harness.perturb import PERTURBATIONS, honest
-from tests.harness.report import Recorder
+from tests.harness.record import Recorder
+from tests.harness.truth import Expected, expected, requests, semantics, written_cache
+from tests.harness.verdicts import Mismatch, Outcome
 
 # A decode, a chunk and a prompt over blocks of 16, of which no window frees any.
 SMALL = AttnCase(
@@ -94,6 +94,7 @@ def test_an_honest_answer_passes_every_check(name: str) -> None:
     check_cache(inputs, outcome, truth.storage)
     check_inputs_unchanged(inputs, inputs.copied(inputs.device))
     assert verdict.elements == truth.output.numel()
+    assert verdict.share is not None
     assert 0 < verdict.share < 1
 
 
@@ -156,7 +157,9 @@ def test_a_wrong_lse_is_named(bad: float) -> None:
     """Times its budget off, or no number."""
     _, truth = _small()
     lse = truth.lse.clone()
-    assert check_lse(lse.float(), truth).share < 1
+    share = check_lse(lse.float(), truth).share
+    assert share is not None
+    assert share < 1
     lse[5, 2] += bad * truth.lse_budget[5, 2]
     with pytest.raises(Mismatch, match="1 of 72 beyond budget, worst: row 5, head 2\n") as caught:
         check_lse(lse, truth)

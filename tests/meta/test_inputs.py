@@ -22,8 +22,8 @@ from fixtures.inputs.pages import (
     Poison,
     physical_shape,
 )
-from tests.harness.oracle import expected, written_cache
 from tests.harness.samples import SAMPLES, mixed
+from tests.harness.truth import expected, written_cache
 
 # Each is a batch of several requests.
 CASES: dict[str, AttnCase] = {

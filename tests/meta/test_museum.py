@@ -11,7 +11,7 @@ import pytest
 
 from fixtures.cases import AttnCase
 from fixtures.cases.tables import Row, rows
-from tests.harness.candidate import load_candidate
+from tests.harness.loading import load_candidate
 from tests.museum.faults import FAULTS, Fault, Plain
 from tests.museum.kill import (
     KILLED,

@@ -8,11 +8,10 @@ it from the truth, the lightest of the smallest tier first, until one fails.
 
 import argparse
 import functools
-import inspect
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ import torch  # noqa: E402
 from fixtures.cases import AttnCase  # noqa: E402
 from fixtures.cases.covering import covering_cases  # noqa: E402
 from fixtures.cases.tables import TIERS, Row, rows, work  # noqa: E402
-from fixtures.inputs import AttnInputs, build_inputs  # noqa: E402
 from tests.conformance import (  # noqa: E402
     test_addressing,
     test_cache,
@@ -35,27 +33,20 @@ from tests.conformance import (  # noqa: E402
     test_poison,
     test_visibility,
 )
-from tests.harness.candidate import Refused, drive, load_candidate  # noqa: E402
+from tests.harness.loading import load_candidate  # noqa: E402
+from tests.harness.promises import Promise, promises_in  # noqa: E402
 from tests.harness.provenance import environment  # noqa: E402
+from tests.harness.trial import Trial, case_inputs  # noqa: E402
+from tests.harness.verdicts import Refused, Verdict  # noqa: E402
 from tests.museum.faults import FAULTS, Fault, Plain  # noqa: E402
 
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "museum.json"
-# By kind of promise, in the order they are asked.
-KINDS: dict[str, Callable[..., None]] = {
-    "output": test_output.test_output_matches_reference,
-    "visibility": test_visibility.test_sees_exactly_the_keys_it_may,
-    "poison": test_poison.test_nan_in_the_last_blocks_tail_does_not_leak,
-    "out_of_range": test_poison.test_table_entries_past_the_last_block_are_not_followed,
-    "cache": test_cache.test_cache_holds_new_tokens_and_nothing_else_changes,
-    "twice": test_invariance.test_same_run_twice_is_the_same_bit_for_bit,
-    "moved_blocks": test_invariance.test_output_does_not_depend_on_where_blocks_lie,
-    "order": test_invariance.test_requests_in_another_order_get_their_own_answers,
-    "alone": test_invariance.test_a_request_alone_gets_the_same_answer,
-    "two_steps": test_invariance.test_tokens_in_two_steps_get_the_same_answers,
-    "captured": test_invariance.test_a_captured_graph_replays_like_eager,
-    "addressing": test_addressing.test_blocks_past_two_to_the_31_elements_are_read_and_written,
-}
+PROMISES = promises_in(
+    test_output, test_visibility, test_poison, test_cache, test_invariance, test_addressing
+)
+# By name, in the order in which they are run. A thousand runs of a case take too long here.
+KINDS: dict[str, Promise] = {each.name: each for each in PROMISES if each.name != "thousand"}
 # Cases a fault is tried with before it counts as one that survives.
 TRIES = 6
 PASSED, REFUSED, KILLED, SURVIVED = "passed", "refused", "killed", "survived"
@@ -94,47 +85,31 @@ class Exhibit:
     message: str
 
 
-@functools.lru_cache(maxsize=64)
-def _inputs(case: AttnCase) -> AttnInputs:
-    return build_inputs(case, CPU)
+# Faults follow each other on the same few cases.
+_inputs = functools.lru_cache(maxsize=64)(case_inputs)
 
 
-def _unrecorded(**measured: Any) -> None:
-    """In place of a report."""
-
-
-# What conformance tests ask for: their fixtures, made here.
-FIXTURES: dict[str, Callable[[type[Any], AttnCase], Any]] = {
-    "candidate": lambda candidate, case: candidate,
-    "case": lambda candidate, case: case,
-    "device": lambda candidate, case: CPU,
-    "driver": lambda candidate, case: drive(candidate, case, CPU),
-    "inputs": lambda candidate, case: _inputs(case),
-    "outcome": lambda candidate, case: drive(candidate, case, CPU).run(_inputs(case)),
-    "record": lambda candidate, case: _unrecorded,
-}
+def _unrecorded(verdict: Verdict) -> None:
+    """Stands in place of a report."""
 
 
 def applies(kind: str, case: AttnCase) -> bool:
     """Whether the matrix asks this of a case at all."""
-    chosen = getattr(KINDS[kind], "cases", None)
-    return chosen is None or bool(chosen(case))
+    return KINDS[kind].cases(case)
 
 
 def asked_in(kind: str, row: Row) -> str:
     """The smallest tier in which the matrix asks this of a row's case."""
-    least = getattr(KINDS[kind], "least_tier", None)
-    return row.tier if least is None else max(row.tier, least(row.case), key=TIERS.index)
+    return KINDS[kind].tier_of(row.case, row.tier)
 
 
 def attempt(candidate: type[Any], kind: str, case: AttnCase, steps: int = 1) -> Attempt:
     """Run one conformance test on a candidate, as often as steps that it may take to fail."""
-    test, start = KINDS[kind], time.perf_counter()
-    made = [(name, FIXTURES[name]) for name in inspect.signature(test).parameters]
+    test, start = KINDS[kind].test, time.perf_counter()
     outcome, message = PASSED, ""
     try:
         for _ in range(steps):
-            test(**{name: make(candidate, case) for name, make in made})
+            Trial(candidate, case, CPU, _inputs).run(test, record=_unrecorded)
     except Refused as refusal:
         outcome, message = REFUSED, str(refusal)
     except Exception as error:

@@ -38,8 +38,10 @@ from fixtures.cases import AttnCase  # noqa: E402
 from fixtures.cases.effects import most_keys  # noqa: E402
 from fixtures.cases.space import FEATURES, OTHER, features_of  # noqa: E402
 from fixtures.cases.tables import TIERS, Row, rows  # noqa: E402
-from tests.harness.candidate import Refused, drive, load_candidate  # noqa: E402
+from tests.harness.driver import drive  # noqa: E402
+from tests.harness.loading import load_candidate  # noqa: E402
 from tests.harness.provenance import environment  # noqa: E402
+from tests.harness.verdicts import Refused  # noqa: E402
 from tests.museum.kill import (  # noqa: E402
     CPU,
     KILLED,

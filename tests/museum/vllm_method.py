@@ -28,9 +28,11 @@ from fixtures.cases import AttnCase  # noqa: E402
 from fixtures.cases.tables import VLLM_SCENARIOS  # noqa: E402
 from fixtures.inputs import AttnInputs, build_inputs  # noqa: E402
 from reference.paged import store  # noqa: E402
-from tests.harness.candidate import Mismatch, Refused, drive, load_candidate  # noqa: E402
-from tests.harness.oracle import expected, written_cache  # noqa: E402
+from tests.harness.driver import drive  # noqa: E402
+from tests.harness.loading import load_candidate  # noqa: E402
 from tests.harness.provenance import environment  # noqa: E402
+from tests.harness.truth import expected, written_cache  # noqa: E402
+from tests.harness.verdicts import Mismatch, Refused  # noqa: E402
 from tests.museum.faults import FAULTS, Fault  # noqa: E402
 
 CPU = torch.device("cpu")

@@ -12,9 +12,9 @@ from fixtures.cases import DTYPES, AttnCase
 from fixtures.inputs.build import Q_SCALE, AttnInputs, build_inputs
 from fixtures.inputs.draw import TORCH_DTYPES
 from reference.lowprec import attend_lowprec
-from tests.harness.oracle import Expected, expected, requests, semantics, written_cache
 from tests.harness.perturb import worst_share
 from tests.harness.samples import SAMPLES, mixed
+from tests.harness.truth import Expected, expected, requests, semantics, written_cache
 
 # The budget is SIGMAS = 6 standard deviations, and the worst of the 1e5 or so elements looked at
 # lies at about 4.4 of them: 0.7, were every bound met. Bounds are loose by small factors (an

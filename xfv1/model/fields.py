@@ -338,6 +338,7 @@ def _decoder(fields: _Fields, family: _Family, ranks: int) -> tuple[LayerKind, .
             scale = attn_config.number("softmax_scale")
     else:
         num_kv_heads = _kv_heads(fields, family, num_heads)
+    own_heads, own_kv_heads = _rank(num_heads, num_kv_heads, ranks)
     softcap = "attn_logit_softcapping"
     layers = fields.integer(*family.num_layers, most=MAX_LAYERS)
     indices: dict[int | None, list[int]] = {}
@@ -346,7 +347,8 @@ def _decoder(fields: _Fields, family: _Family, ranks: int) -> tuple[LayerKind, .
     return tuple(
         LayerKind(
             layers=tuple(at),
-            **_rank(num_heads, num_kv_heads, ranks),
+            num_heads=own_heads,
+            num_kv_heads=own_kv_heads,
             head_size=head_size,
             scale=scale,
             sliding_window=window,
@@ -358,8 +360,8 @@ def _decoder(fields: _Fields, family: _Family, ranks: int) -> tuple[LayerKind, .
     )
 
 
-def _rank(num_heads: int, num_kv_heads: int, ranks: int) -> dict[str, int]:
-    """Heads of one of the tensor parallel ranks. Ranks may have copies of a KV head.
+def _rank(num_heads: int, num_kv_heads: int, ranks: int) -> tuple[int, int]:
+    """Query heads and KV heads of one tensor parallel rank. Ranks may have copies of a KV head.
 
     Raises:
         ValueError: the ranks cannot share the heads.
@@ -370,7 +372,7 @@ def _rank(num_heads: int, num_kv_heads: int, ranks: int) -> dict[str, int]:
             f"tensor_parallel_size={ranks}: expected a divisor of the {num_heads} attention heads"
             f" that divides, or is a multiple of, the {num_kv_heads} KV heads"
         )
-    return {"num_heads": num_heads // ranks, "num_kv_heads": max(1, num_kv_heads // ranks)}
+    return num_heads // ranks, max(1, num_kv_heads // ranks)
 
 
 def _check_mpt(attn_config: _Fields) -> None:
@@ -455,12 +457,14 @@ def _whisper(fields: _Fields, ranks: int) -> tuple[tuple[LayerKind, ...], tuple[
     """The self and cross attention of the decoder's layers, and the encoder's layers."""
     num_heads = fields.integer("decoder_attention_heads", most=MAX_HEADS)
     head_size = _head_size(fields, ("d_model",), num_heads)
+    own_heads, _ = _rank(num_heads, num_heads, ranks)
     encoder = fields.integer("encoder_layers", most=MAX_LAYERS)
     kinds = tuple(
         LayerKind(
             layers=tuple(range(fields.integer("decoder_layers", most=MAX_LAYERS))),
             attention=attention,
-            **_rank(num_heads, num_heads, ranks),
+            num_heads=own_heads,
+            num_kv_heads=own_heads,
             head_size=head_size,
             scale=head_size**-0.5,
         )

@@ -71,7 +71,8 @@ class Reader:
             ModelError: as there.
         """
         try:
-            return self._read(Path(path), tensor_parallel_size, dtype)
+            expanded = Path(os.path.expanduser(path))
+            return self._read(expanded, tensor_parallel_size, dtype)
         except ValueError as error:
             raise ModelError(one_line(f"{os.fspath(path)}: {error}")) from error
 
@@ -150,7 +151,6 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: there is none.
     """
-    path = path.expanduser()
     try:
         file = path / "config.json" if path.is_dir() else path
         if not stat.S_ISREG(file.stat().st_mode):
@@ -173,7 +173,7 @@ def _folder(path: Path, config: dict[str, Any]) -> Iterator[str]:
     That is the model's own folder where it can be. Some models need more files of it, such as an
     image processor's settings.
     """
-    path = path.expanduser().absolute()
+    path = path.absolute()
     if path.is_dir() or path.name == "config.json":
         yield str(path if path.is_dir() else path.parent)
         return

@@ -12,6 +12,7 @@ imported. Then it reads a request a line, and answers each by a line:
 Each model is built in a fork of the program, so that nothing of it stays behind.
 """
 
+import functools
 import json
 import linecache
 import os
@@ -47,7 +48,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         seconds = request.pop("seconds")
-        _write(answers, _in_a_fork(lambda request=request: _answer(**request), seconds))
+        _write(answers, _in_a_fork(functools.partial(_answer, **request), seconds))
 
 
 def _write(answers: TextIO, answer: dict[str, Any]) -> None:

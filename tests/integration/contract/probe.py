@@ -265,9 +265,10 @@ def batches() -> dict[str, str]:
 
 def _judged(case: AttnCase, run: Callable[[Any, Any], Any]) -> str:
     from fixtures.inputs import build_inputs
-    from tests.harness.candidate import Refused, drive
-    from tests.harness.compare import Mismatch, check_cache, check_output
-    from tests.harness.oracle import expected, written_cache
+    from tests.harness.compare import check_cache, check_output
+    from tests.harness.driver import drive
+    from tests.harness.truth import expected, written_cache
+    from tests.harness.verdicts import Mismatch, Refused
 
     inputs = build_inputs(case)
     try:
@@ -288,7 +289,7 @@ def _run_layer(driver: Any, inputs: Any) -> Any:
     from vllm.config import set_current_vllm_config
     from vllm.forward_context import set_forward_context
 
-    from tests.harness.candidate import Outcome
+    from tests.harness.verdicts import Outcome
 
     layer, config, case = driver.layer, driver.config, inputs.case
     layer.kv_cache, storage = inputs.new_cache()
@@ -305,7 +306,8 @@ def _run_layer(driver: Any, inputs: Any) -> Any:
 def builder() -> dict[str, Any]:
     """What the builder makes of a mixed batch, in each way vLLM asks it to."""
     from fixtures.inputs import build_inputs
-    from tests.harness.candidate import common_metadata, drive
+    from tests.harness.batch import common_metadata
+    from tests.harness.driver import drive
 
     inputs = build_inputs(BASE)
     driver = drive(_backend(), BASE, torch.device("cpu"))
@@ -335,7 +337,7 @@ def context_parallelism() -> str:
     """What this version's own check says of xfv1's layer where decodes are shared out (DCP)."""
     from vllm.v1.worker.cp_utils import check_attention_cp_compatibility
 
-    from tests.harness.candidate import drive
+    from tests.harness.driver import drive
 
     config = SimpleNamespace(
         compilation_config=drive(_backend(), BASE, torch.device("cpu")).config.compilation_config,
@@ -358,7 +360,7 @@ def cpu_selection() -> str:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.attention import Attention
 
-    from tests.harness.candidate import vllm_config
+    from tests.harness.server import vllm_config
 
     config = vllm_config(8, 2, 64, "fp32", 16, "auto", None)
     with set_current_vllm_config(config):
@@ -496,7 +498,7 @@ def _path(cls: type[Any]) -> str:
 
 def _spec() -> Any:
     """The spec that this version's layer asks a cache by."""
-    from tests.harness.candidate import drive
+    from tests.harness.driver import drive
 
     driver = drive(_backend(), BASE, torch.device("cpu"))
     return driver.layer.get_kv_cache_spec(driver.config)

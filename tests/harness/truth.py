@@ -1,22 +1,19 @@
 """The reference's answer to a case's inputs, with the budget that goes with it."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fixtures.cases import AttnCase
-from fixtures.cases.tables import work
 from fixtures.inputs import TORCH_DTYPES, AttnInputs
 from reference import attend, gather_kv, write_kv
-from tests.harness.budget import SIGMAS, attention_budget
+from reference.attention import Attended
+from tests.harness.budget import SIGMAS, Budget, attention_budget
 
 # A softmax scale wrong by one percent: a head size rounded up, a log2(e) of too few digits.
 SCALE_FAULT = 1.01
-
-# Multiplications that take one core a tenth of a second, as float64 and all that goes with them.
-HOST_WORK = 2e8
 
 
 @dataclass(frozen=True)
@@ -39,11 +36,11 @@ class Expected:
     scale_budget: float
 
     def scale_error(self, output: torch.Tensor) -> float:
-        """<error, w> of a candidate's [num_tokens, num_heads, head_size]."""
+        """<error, w> of a candidate's output, [num_tokens, num_heads, head_size]."""
         return float(((output.double() - self.output) * self.along_scale).sum())
 
     def scale_share(self, output: torch.Tensor) -> float:
-        """Its size in its budget."""
+        """The size of `scale_error` as a fraction of its budget."""
         off = abs(self.scale_error(output))
         return off / self.scale_budget if off else 0.0
 
@@ -63,14 +60,6 @@ class Request:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-
-
-def reference_device(case: AttnCase, device: torch.device) -> torch.device:
-    """Where a case's inputs are made and its truth is worked out: on the CPU, unless that is much.
-
-    To a GPU, which the workers share, a small case is a hundred small waits.
-    """
-    return device if work(case) > HOST_WORK else torch.device("cpu")
 
 
 def semantics(inputs: AttnInputs) -> dict[str, Any]:
@@ -123,48 +112,31 @@ def requests(inputs: AttnInputs, cache: torch.Tensor) -> Iterator[Request]:
 
 
 def expected(inputs: AttnInputs, query: torch.Tensor | None = None) -> Expected:
-    """What the reference says of these inputs.
+    """The reference's answer to these inputs, with its budget.
 
     Args:
-        query: in place of the inputs' own, for a candidate whose layer quantizes it first, to
+        query: the query in place of the inputs' own, if the candidate's layer quantizes it to
             multiply in the cache's dtype.
     """
     case = inputs.case
-    dtype = TORCH_DTYPES[case.dtype]
     cache, storage = written_cache(inputs)
-    arguments = semantics(inputs)
     shape = (case.num_tokens, case.num_heads)
     lse, lse_budget = inputs.query.new_zeros(2, *shape, dtype=torch.float64)
     output, bound, along_scale = inputs.query.new_zeros(
         3, *shape, case.head_size, dtype=torch.float64
     )
     variance = drift = step = 0.0
-    for request in requests(inputs, cache):
-        rows = request.query if query is None else query[request.rows]
-        kv = request.key, request.value
-        attended = attend(rows, *kv, **arguments)
-        budget = attention_budget(
-            attended,
-            rows,
-            *kv,
-            scale=inputs.scale,
-            dtype=dtype,
-            softcap=case.softcap,
-            quantized=case.quantized,
-            operands=None if query is None else TORCH_DTYPES[case.kv_dtype],
-        )
+    for each in requests(inputs, cache):
+        request = each if query is None else dataclasses.replace(each, query=query[each.rows])
+        attended = _attended(inputs, request)
+        budget = _budget(inputs, request, attended, quantized_query=query is not None)
         output[request.rows], bound[request.rows] = attended.output, budget.output
         lse[request.rows], lse_budget[request.rows] = attended.lse, budget.lse
-
-        scaled = attend(rows, *kv, **arguments | {"scale": SCALE_FAULT * inputs.scale})
-        moved = scaled.output - attended.output
+        moved = _attended(inputs, request, scale=SCALE_FAULT * inputs.scale).output
+        moved = moved - attended.output
         # A matched filter: each element counts by how far it moves and how well it is known.
         w = torch.where(budget.output > 0, moved / budget.output.square(), 0.0)
-        dequantized = []
-        if case.quantized:
-            key, value = (part.to(dtype) for part in kv)
-            dequantized = [(key, request.value), (request.key, value)]
-        spread = budget.along(w, [attend(rows, *kv, **arguments).output for kv in dequantized])
+        spread = budget.along(w, _dequantized(inputs, request))
         along_scale[request.rows] = w
         step += float((moved * w).sum())
         variance += spread.variance
@@ -173,3 +145,46 @@ def expected(inputs: AttnInputs, query: torch.Tensor | None = None) -> Expected:
     if step:
         along_scale, scale_budget = along_scale / step, scale_budget / step
     return Expected(output, bound, lse, lse_budget, storage, along_scale, scale_budget)
+
+
+def _attended(inputs: AttnInputs, request: Request, **changes: Any) -> Attended:
+    """`reference.attend` of one request. changes: arguments in place of the inputs' own."""
+    arguments = semantics(inputs) | changes
+    return attend(request.query, request.key, request.value, **arguments)
+
+
+def _budget(
+    inputs: AttnInputs, request: Request, attended: Attended, quantized_query: bool
+) -> Budget:
+    case = inputs.case
+    return attention_budget(
+        attended,
+        request.query,
+        request.key,
+        request.value,
+        scale=inputs.scale,
+        dtype=TORCH_DTYPES[case.dtype],
+        softcap=case.softcap,
+        quantized=case.quantized,
+        operands=TORCH_DTYPES[case.kv_dtype] if quantized_query else None,
+    )
+
+
+def _dequantized(inputs: AttnInputs, request: Request) -> list[torch.Tensor]:
+    """The outputs of honest kernels that dequantize the keys, or the values, to the model's dtype.
+
+    Empty for a cache that is not quantized.
+    """
+    if not inputs.case.quantized:
+        return []
+    dtype = TORCH_DTYPES[inputs.case.dtype]
+    rounded = (
+        dataclasses.replace(request, key=request.key.to(dtype)),
+        dataclasses.replace(request, value=request.value.to(dtype)),
+    )
+    return [_attended(inputs, each).output for each in rounded]
+
+
+# The reference as a test is given it: the truth about these inputs, and about a query in place of
+# their own if there is one.
+Truth = Callable[[AttnInputs, torch.Tensor | None], Expected]
