@@ -1,4 +1,4 @@
-"""What vLLM asks an attention backend before it uses it."""
+"""The attention backend: it answers vLLM's questions and names its other classes."""
 
 import inspect
 from collections.abc import Callable
@@ -75,7 +75,7 @@ class XFormersAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        # Split-K is chosen, and cut, by the host's query lengths.
+        # The host's query lengths decide whether and how split-K is used.
         return False
 
     @classmethod

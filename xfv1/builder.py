@@ -63,7 +63,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> XFormersMetadata:
-        """The step's metadata. Never waits for the device, but for XFV1_DEBUG's checks.
+        """The step's metadata. Only XFV1_DEBUG's checks wait for the device.
 
         Raises:
             NotImplementedError: for causality that differs between requests.
@@ -135,7 +135,8 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
     def _parts(self, whole: Phase, batches: list[Batch]) -> Parts:
         context_lens, query_lens = self._lens[:, : whole.batch.num_reqs]
         query_lens.copy_(whole.query_start_loc.diff())
-        # All ranks' lengths: asked for one's, vLLM's helper may copy its number from the host.
+        # The helper is asked for all ranks' lengths. Asked for one rank's, it may copy that rank's
+        # number from the host.
         local = get_dcp_local_seq_lens(
             whole.seq_lens - query_lens, self.dcp_world_size, None, self.interleave
         )
@@ -216,7 +217,7 @@ def _batches(
         DECODE,
         num_reqs=decodes,
         max_query_len=query_len,
-        # The decodes' longest, not the batch's: it sizes their splits.
+        # The longest decode's length, not the whole batch's: it decides how keys are split.
         max_seq_len=whole.max_seq_len if lens is None else int(lens[:decodes].max()),
         uniform=bool((query_lens[:decodes] == query_len).all()),
         host_lens=unsure is None or not unsure[:decodes].any(),

@@ -70,7 +70,7 @@ def write_kv(
     kv_cache_dtype: str,
     layer: Any,
 ) -> None:
-    """vLLM's own op where it can, else PyTorch's indexing.
+    """Store keys and values in their slots, by vLLM's own op where it can, else by PyTorch's.
 
     key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_size] views.
     """
@@ -96,7 +96,7 @@ def write_kv(
         (value, value_cache, layer._v_scale),
     ):
         stored = quantize(new[: slots.numel()], cache.dtype, scale)
-        # NaN stays the NaN it was, and PyTorch indexes few float8 tensors.
+        # As integers: a NaN keeps its bits, and PyTorch can index few float8 tensors.
         bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[cache.itemsize]
         cells = cache.view(bits)
         cells[blocks, offsets] = torch.where(real, stored.view(bits), cells[blocks, offsets])

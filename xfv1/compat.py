@@ -1,4 +1,4 @@
-"""All that differs between vLLM's versions (0.26 to 0.33) and platforms, and vLLM's own facts."""
+"""vLLM's facts about the process, and all that differs between its versions and platforms."""
 
 import enum
 import functools
@@ -14,10 +14,10 @@ TESTED = ((0, 26), (0, 33))
 
 @functools.cache
 def check_version() -> None:
-    """Warn, once, of a vLLM that xfv1 is not tested with; it works if its contract still holds.
+    """Warn once if xfv1 is not tested with this vLLM. It works if vLLM's contract still holds.
 
     Raises:
-        RuntimeError: for a release before those. A development build's number says too little.
+        RuntimeError: for a release before the tested ones, but not for a development build.
     """
     from vllm import __version__ as version
 
@@ -69,7 +69,7 @@ def context_group(kv_cache_spec: Any) -> tuple[int, int]:
     try:
         group = get_dcp_group()
     except AssertionError:
-        # There is none, in tests.
+        # Tests have no group.
         return 1, 0
     return group.world_size, group.rank_in_group
 

@@ -30,10 +30,11 @@ def enabled() -> bool:
 
 
 def check_batch(common: Any, host_lens: torch.Tensor | None, *, encoder: bool, cross: bool) -> None:
-    """What a builder is given of lengths, in vLLM's CommonAttentionMetadata.
+    """Check the lengths that a builder is given, in vLLM's CommonAttentionMetadata.
 
-    host_lens: what the builder takes for bounds on seq_lens, if anything. encoder: without a
-    cache, so with as many keys as queries. cross: seq_lens are an encoder's.
+    host_lens: the builder's bounds on seq_lens, None if it has none.
+    encoder: the layers have no cache, so each request has as many keys as queries.
+    cross: seq_lens are an encoder's.
     """
     num_reqs, device = common.num_reqs, common.query_start_loc.device
     for name, least, where in (
@@ -75,11 +76,11 @@ def check_update(
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> None:
-    """What do_kv_cache_update is given."""
+    """Check the arguments of do_kv_cache_update."""
     _check_vector("slot_mapping", slot_mapping, torch.int64, 0, key.device)
     for name, tensor in (("key", key), ("value", value)):
         _check_heads(name, tensor, len(slot_mapping), layer.num_kv_heads, layer.head_size, key)
-        # vLLM's op takes the heads of a token to lie next to each other.
+        # vLLM's op assumes that the heads of a token lie next to each other.
         packed = layer.num_kv_heads == 1 or tensor.stride(1) == layer.head_size
         _expect(packed, f"{name}.stride()", tensor.stride(), f"(any, {layer.head_size}, 1)")
     _check_cache(layer, kv_cache, key)
@@ -100,9 +101,9 @@ def check_forward(
     *,
     cross: bool,
 ) -> None:
-    """What forward is given, and what its metadata names there.
+    """Check the arguments of forward, and its metadata: all requests in one phase, and the slots.
 
-    phase: all requests. kv_cache: None for an encoder. cross: the keys are an encoder's.
+    kv_cache: None for an encoder. cross: the keys are an encoder's.
     """
     rows, num_reqs = phase.rows.stop, phase.batch.num_reqs
     _check_heads("query", query, rows, layer.num_heads, layer.head_size, query)

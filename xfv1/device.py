@@ -1,10 +1,13 @@
-"""What a device is, and how much of it one block of threads may have: torch's facts, asked once."""
+"""A device's kind, and how much of it one block of threads may have: torch is asked once."""
 
 import functools
 import os
 from dataclasses import dataclass
 
 import torch
+
+# The first and the last compute capability of some cards, as (major, minor).
+Capabilities = tuple[tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def device_of(device: torch.device | str) -> Device:
         kind="hip" if hip else "cuda",
         capability=(properties.major, properties.minor),
         arch=properties.gcnArchName.partition(":")[0] if hip else "",
-        # A block of NVIDIA's has this much if it asks for it; AMD has no such limit of its own.
+        # On NVIDIA a block has this much if it asks for it. AMD has one limit only.
         shared_memory=getattr(properties, "shared_memory_per_block_optin", 0)
         or properties.shared_memory_per_block,
         multiprocessors=properties.multi_processor_count,

@@ -1,4 +1,4 @@
-"""Which op serves which phase of which layer, and why not the others.
+"""Chooses the op that serves a batch of a layer, and says why the others do not.
 
 The order in which ops are tried is data (`xfv1.rules`); whether an op can serve is its own answer.
 Nothing here looks at the device's memory.
@@ -62,7 +62,7 @@ def choose(layer: Layer, batch: Batch, device: Device) -> Op:
     Raises:
         NoOp: with every op's reasons.
     """
-    # Powers of two bound how many different batches there are to decide on.
+    # Rounding leaves few different batches, so that `_choose` keeps most of its answers.
     rounded = replace(
         batch,
         num_reqs=1 << (batch.num_reqs - 1).bit_length() if batch.num_reqs > 1 else batch.num_reqs,

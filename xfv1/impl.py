@@ -1,4 +1,4 @@
-"""One attention layer: write the new keys and values, then run each phase's op."""
+"""One attention layer: it writes the new keys and values, then runs an op for each phase."""
 
 from dataclasses import replace
 from typing import Any
@@ -28,7 +28,8 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
 
     can_return_lse_for_decode = True
     supports_dcp = True
-    # Where a draft's keys lie does not matter: the step's own are not read from the cache.
+    # A step's own keys are not read from the cache, so it does not matter on which rank a draft's
+    # keys lie.
     supports_mtp_with_cp_non_trivial_interleave_size = True
 
     def __init__(
@@ -226,7 +227,7 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
         caches: cache.Views | None,
         query: torch.Tensor,
     ) -> list[Phase]:
-        """The step in the phases that it is served in: one, if one op is best for both."""
+        """The phases to run: the whole step if one op is best for decodes and prefills."""
         batches, whole = metadata.batches, metadata.whole
         if caches is None and batches:
             return [whole]
@@ -251,14 +252,16 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
     ) -> None:
         """A step whose cache is spread over a decode context parallel group.
 
-        What is new in it each rank attends to by itself, causally, sinks among it; of the context
-        its own share, without a mask, for the query heads of all ranks. vLLM merges these.
+        Each rank attends to the step's new keys by itself, causally and with sinks. It attends to
+        the context's keys in its own cache without a mask, for the query heads of all ranks. vLLM
+        merges the answers.
         """
         parts, rows = metadata.parts, metadata.whole.rows
         assert parts is not None and self._merge is not None
         query, key, value, output = query[rows], key[rows], value[rows], output[rows]
         if self.fp8_dtype is not None:
-            # Every later step will read them from the cache, so this one must see the same.
+            # Later steps read these keys and values from the float8 cache. This step must see the
+            # same numbers.
             key = cache.read_back(key, self.fp8_dtype, layer._k_scale)
             value = cache.read_back(value, self.fp8_dtype, layer._v_scale)
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)
@@ -284,9 +287,12 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
             return replace(batch, kind=ENCODER, max_seq_len=batch.max_query_len, fresh=True)
         blocks, size = caches[0].stride()[:2]
         token_major = blocks == size * caches[0].shape[1]
-        # Shared layers are given keys that are not theirs; quantized ones must see what is stored.
+        # `key` and `value` do not serve a layer that reads another's cache, nor one whose cache
+        # stores rounded numbers: both must read the cache.
         own = self.kv_sharing_target_layer_name is None and self.fp8_dtype is None
         fresh = batch.fresh and own and self.attn_type == AttentionType.DECODER
+        if (batch.token_major, batch.fresh) == (token_major, fresh):
+            return batch
         return phase.once(
             ("batch", batch, token_major, fresh),
             lambda: replace(batch, fresh=fresh, token_major=token_major),
@@ -314,15 +320,16 @@ class XFormersImpl(AttentionImpl[XFormersMetadata]):
     ) -> None:
         batch = self._batch(phase.batch, phase, caches)
         op = self._op(facts, batch, phase, query)
-        rows = phase.rows
+        rows, seen = phase.rows, phase
+        if batch is not phase.batch:
+            seen = phase.once(("phase", batch), lambda: phase.described(batch))
         if self.attn_type == AttentionType.ENCODER_DECODER:
-            # The keys are those of an encoder's tokens.
+            # `key` and `value` are those of an encoder's tokens, not of the step's.
             key = value = None
         op.run(
             Call(
                 layer=facts,
-                # It has the same plans.
-                phase=phase.once(("phase", batch), lambda: replace(phase, batch=batch)),
+                phase=seen,
                 query=query[rows],
                 key=None if key is None else key[rows],
                 value=None if value is None else value[rows],

@@ -1,4 +1,4 @@
-"""Consecutive requests of a step: what the host knows of them, and their tensors.
+"""Consecutive requests of a step: the host's facts about them, and their tensors.
 
 vLLM is not needed here: ops, which also run without it, take a phase.
 """
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Batch:
-    """What an op may decide by, of one phase of one step; host facts only.
+    """The facts of one phase of one step that an op may decide by; the host knows them all.
 
     kind: one of KINDS.
     uniform: every request has max_query_len tokens.
@@ -48,14 +48,15 @@ class Batch:
 class Phase:
     """Some consecutive requests of a step, and their tokens.
 
-    rows: the rows of its tokens in the step's tensors. After the last request's, a graph's padding.
+    rows: the rows of its tokens in the step's tensors. A graph's padding may follow the last
+        request's tokens.
     query_start_loc: [num_reqs + 1] int32 on the device, the first is 0.
     query_start_loc_cpu: the same on the host.
     seq_lens: [num_reqs] int32 on the device.
     seq_lens_cpu: on the host an upper bound of seq_lens, exact if batch.host_lens; or None.
     block_table: [num_reqs, max_blocks] int32 on the device.
     first: the index of the first request among the step's.
-    plans: what `once` has made.
+    plans: the results that `once` keeps.
     """
 
     batch: Batch
@@ -74,7 +75,7 @@ class Phase:
         return int(self.query_start_loc_cpu[-1])
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` returns, made by the first of the step's layers that asks for the key.
+        """The result of `make`, kept for all layers of the step that ask for the same key.
 
         The key names all that the result depends on, apart from the requests themselves.
         """
@@ -83,20 +84,35 @@ class Phase:
             made = self.plans[key] = make()
         return made
 
+    def described(self, batch: Batch) -> "Phase":
+        """The phase, its plans too, with a batch that says more of the same requests."""
+        return Phase(
+            batch,
+            self.rows,
+            self.query_start_loc,
+            self.query_start_loc_cpu,
+            self.seq_lens,
+            self.seq_lens_cpu,
+            self.block_table,
+            self.first,
+            self.plans,
+        )
+
     def changed(self, **facts: Any) -> "Phase":
         """The phase with other facts, for which nothing is planned yet."""
         return replace(self, **facts, plans={})
 
     def requests(self, first: int, last: int, batch: Batch) -> "Phase":
         """The phase of its requests [first:last], which `batch` describes."""
-        start = int(self.query_start_loc_cpu[first]) if first else 0
+        # NumPy reads a number in a fraction of the time that PyTorch takes.
+        known = self.query_start_loc_cpu.numpy()
+        start, stop = int(known[first]), self.rows.stop
+        if last < self.batch.num_reqs:
+            stop = self.rows.start + int(known[last])
         bounds, requests = slice(first, last + 1), slice(first, last)
         starts, starts_cpu = self.query_start_loc[bounds], self.query_start_loc_cpu[bounds]
         if start:
             starts, starts_cpu = starts - start, starts_cpu - start
-        stop = self.rows.stop
-        if last < self.batch.num_reqs:
-            stop = self.rows.start + start + int(starts_cpu[-1])
         lens_cpu = self.seq_lens_cpu
         return Phase(
             batch=batch,

@@ -4,12 +4,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from xfv1.device import Device
+from xfv1.device import Capabilities, Device
 from xfv1.kernels.paged.tiling import MAX_HEAD_SIZE
 from xfv1.ops.base import Layer
 from xfv1.phase import DECODE, ENCODER, PREFILL, Batch
-
-Capabilities = tuple[tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)

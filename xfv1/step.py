@@ -62,7 +62,7 @@ class XFormersMetadata(AttentionMetadata):
             updated.parts = Parts(context, self.parts.new.over(block_table))
         return updated
 
-    # What vLLM's code may read of any backend's metadata.
+    # vLLM's code may read these of any backend's metadata.
 
     @property
     def num_actual_tokens(self) -> int:

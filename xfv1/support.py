@@ -27,7 +27,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# vLLM's reasons that name neither the value nor what is accepted: its argument, and what is.
+# By vLLM's reason, which names no value: the argument, and which values are accepted.
 ACCEPTED = {
     "head_size not supported": ("head_size", f"1 to {MAX_HEAD_SIZE}"),
     "dtype not supported": ("dtype", ", ".join(map(_short, DTYPES))),
@@ -52,7 +52,7 @@ ACCEPTED = {
 }
 
 
-# What vLLM asks the backend.
+# vLLM asks the backend.
 
 
 def in_full(reason: str, asked: dict[str, Any]) -> str:
@@ -91,7 +91,7 @@ def combination_reasons(
     return layer_reasons(layer, device)
 
 
-# What a layer's constructor asks.
+# A layer's constructor asks.
 
 
 def model_reasons() -> list[str]:
@@ -135,12 +135,12 @@ def parallel_reasons(
         "ALiBi": layer.alibi,
         "cross attention": cross,
         "layers that read another's cache": shares_cache,
-        # Query heads of different ranks then do not lie by KV head.
+        # With more KV heads, the query heads of all ranks are not ordered by KV head.
         f"num_kv_heads={layer.num_kv_heads}, only 1": layer.num_kv_heads != 1,
         # vLLM merges new and cached keys, so the order of summation depends on where a prompt was
         # cut.
         "batch invariance": layer.batch_invariant,
-        # For vLLM's merge.
+        # vLLM's merge needs these.
         f"head_size={layer.head_size}, only powers of two": layer.head_size.bit_count() != 1,
         "groups other than of powers of two": decode_ranks.bit_count() != 1,
         "merge without Triton": not compat.vllm_has_triton(),
@@ -182,7 +182,7 @@ def summary(layer: Layer, device: Device, **use: bool) -> str:
     return ", ".join(f"{b.kind} by {dispatch.choose(layer, b, device).name}" for b in batches)
 
 
-# What `python -m xfv1` asks.
+# `python -m xfv1` asks.
 
 
 def survey(

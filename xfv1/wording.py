@@ -23,7 +23,7 @@ def shown(value: object) -> str:
 
 
 def cause(error: BaseException) -> str:
-    """What an exception says, with its type."""
+    """The type and the text of an exception."""
     name, text = type(error).__name__, str(error)
     return f"{name}: {text}" if text else name
 

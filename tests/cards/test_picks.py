@@ -66,9 +66,9 @@ def test_bounds_are_those_of_xformers_classes() -> None:
     from xfv1.ops.xformers.varlen import VARLEN_OPS
 
     for op in VARLEN_OPS:
-        if "cuda" in op.kinds:
+        if "cuda" in op.devices:
             operator = getattr(fmha, op.module).FwOp
             last = operator.CUDA_MAXIMUM_COMPUTE_CAPABILITY or (99, 0)
-            assert op.kinds["cuda"] == (operator.CUDA_MINIMUM_COMPUTE_CAPABILITY, last)
+            assert op.devices["cuda"] == (operator.CUDA_MINIMUM_COMPUTE_CAPABILITY, last)
             assert set(op.dtypes) <= operator.SUPPORTED_DTYPES
             assert op.max_head_size <= operator.SUPPORTED_MAX_K

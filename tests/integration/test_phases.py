@@ -209,3 +209,39 @@ def test_another_cache_groups_blocks_take_the_place_of_the_first(name: str) -> N
         check_phase(phase, split, other, slice(part, last), phase.batch.kind)
         part = last
     check_output(other, driver.step(other.copied(CPU), second), expected(other))
+
+
+@pytest.mark.parametrize("name", ["mixed", "mixed, longest decodes", "no token first"])
+def test_requests_of_a_phase_are_the_same_requests_of_the_step(name: str) -> None:
+    """Each request of the prefills, cut from the prefills and from the whole step."""
+    split = SPLITS[name]
+    _, _, metadata = built(split)
+    whole, (_, prefills) = metadata.whole, metadata.phases
+    assert prefills.first == split.decodes
+    for index in range(prefills.batch.num_reqs):
+        batch = replace(prefills.batch, num_reqs=1)
+        first = split.decodes + index
+        one = prefills.requests(index, index + 1, batch)
+        other = whole.requests(first, first + 1, batch)
+        assert (one.first, one.rows, one.num_tokens) == (first, other.rows, other.num_tokens)
+        assert one.rows.stop - one.rows.start == split.case.query_lens[first]
+        for field in ("query_start_loc", "query_start_loc_cpu", "seq_lens", "seq_lens_cpu"):
+            assert torch.equal(getattr(one, field), getattr(other, field)), field
+        other_table = metadata.block_table + 1
+        assert torch.equal(one.over(other_table).block_table, other.block_table + 1)
+
+
+def test_a_plan_is_made_once_for_a_key() -> None:
+    """None too; and a phase that is described anew keeps the plans, a changed one does not."""
+    _, _, metadata = built(SPLITS["mixed"])
+    phase, made = metadata.whole, []
+
+    def make() -> None:
+        made.append(1)
+
+    assert [phase.once("plan", make) for _ in range(3)] == [None] * 3
+    phase.described(replace(phase.batch, lse=True)).once("plan", make)
+    assert len(made) == 1
+    phase.once("another plan", make)
+    phase.changed(batch=replace(phase.batch, lse=True)).once("plan", make)
+    assert len(made) == 3

@@ -1,8 +1,8 @@
 """Small wrong changes of a module's source, enumerated from its syntax tree.
 
 A mutant's id names its module, its function and what stands there before and after, so that it
-survives edits of anything else: `kernels.paged:_attend: n < hi -> n <= hi`, with `#2` for the
-second of the same in one function.
+survives edits of anything else: `xfv1.kernels.paged.device:_attend: n < hi -> n <= hi`, with `#2`
+for the second of the same in one function.
 """
 
 import ast

@@ -1,1 +1,1 @@
-"""The ops, one module each: why not, and how. `xfv1.dispatch` picks among them."""
+"""The ops: each says what it cannot serve, and serves the rest. `xfv1.dispatch` picks one."""

@@ -1,4 +1,4 @@
-"""What an op is given, and what it has to answer."""
+"""The interface of an op: its arguments, and the questions that it answers."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,7 +11,7 @@ from xfv1.phase import Batch, Phase
 
 @dataclass(frozen=True)
 class Layer:
-    """What does not change from step to step: one attention layer and its cache.
+    """The facts of one attention layer and its cache, which no step changes.
 
     dtype: of query, key, value and output.
     kv_dtype: what the cache stores, a torch float8 dtype or the same as dtype.
@@ -88,17 +88,20 @@ class Op(Protocol):
     batch_invariant: bool
 
     def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
-        """Why not, in words; empty if it can. Looks at nothing but its arguments and what is
-        installed, and never at the device's memory."""
+        """Why the op cannot serve the batch, in words; empty if it can.
+
+        The answer depends on the arguments and on installed packages alone, never on the device's
+        memory.
+        """
         ...
 
     def run(self, call: Call) -> None:
-        """Fill call.out (and call.lse). Rows past the last request's stay as they are."""
+        """Fill call.out (and call.lse). Rows past the last request's tokens stay as they are."""
         ...
 
 
 def dtype_reasons(layer: Layer, *dtypes: torch.dtype) -> list[str]:
-    """Why not, where the layer's dtype is not among the given ones."""
+    """A reason if the layer's dtype is not among the given ones."""
     if layer.dtype in dtypes:
         return []
     return [f"{layer.dtype}: takes {', '.join(map(str, dtypes))}"]
@@ -107,7 +110,7 @@ def dtype_reasons(layer: Layer, *dtypes: torch.dtype) -> list[str]:
 def capability_reasons(
     device: Device, first: tuple[int, int], last: tuple[int, int] = (99, 0)
 ) -> list[str]:
-    """Why not, where the device's compute capability is not from first to last."""
+    """A reason if the device's compute capability is not from first to last."""
     if first <= device.capability <= last:
         return []
     found, least, most = ("{}.{}".format(*version) for version in (device.capability, first, last))

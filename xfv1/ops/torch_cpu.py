@@ -1,4 +1,4 @@
-"""PyTorch's own matrix products, on a CPU: slow, and serves every feature."""
+"""Attention by PyTorch's matrix products, on a CPU: slow, but it serves every feature."""
 
 import torch
 
@@ -6,7 +6,7 @@ from xfv1.device import Device
 from xfv1.ops.base import Call, Layer
 from xfv1.phase import ENCODER, Batch
 
-# Rows of the logits held at a time: bounds memory at long contexts.
+# Rows of logits that are held at a time, which bounds the memory of long contexts.
 _QUERY_CHUNK = 256
 
 

@@ -1,4 +1,4 @@
-"""xfv1's own Triton kernel over the paged cache: whatever the others refuse."""
+"""xfv1's own Triton kernel over the paged cache. It serves whatever other ops refuse."""
 
 import importlib.util
 
@@ -12,7 +12,7 @@ from xfv1.phase import ENCODER, Batch, Phase
 
 class TritonPaged:
     name = "triton"
-    # A prefill's tiles leave a decode's keys unsplit: each phase does better alone.
+    # In one call with prefills, the keys of decodes would not be split: two calls are faster.
     ragged = False
     batch_invariant = True
 

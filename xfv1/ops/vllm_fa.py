@@ -92,7 +92,7 @@ class VllmFlashAttention:
 
 
 def _fa2_reasons(layer: Layer, batch: Batch) -> list[str]:
-    """What FlashAttention 2 leaves out, by its source or as seen on an H100."""
+    """Why FlashAttention 2 cannot serve the batch, by its source or as seen on an H100."""
     reasons = []
     if batch.max_query_len == 1 and not batch.uniform:
         # With max_query_len 1, FA2 assumes one row to each request: an empty request shifts all

@@ -325,7 +325,10 @@ def builder() -> dict[str, Any]:
     support = driver.builder.get_cudagraph_support(driver.config, _spec())
     return {
         "cudagraph support": support.name,
-        "updated": updated.block_table is table and updated.slot_mapping is slots,
+        # The table is a view of the memory that vLLM gave.
+        "updated": updated.block_table.data_ptr() == table.data_ptr()
+        and torch.equal(updated.block_table, table)
+        and updated.slot_mapping is slots,
         "phases": {
             name: [(p.batch.kind, p.batch.num_reqs) for p in metadata.phases]
             for name, metadata in made.items()

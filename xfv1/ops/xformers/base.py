@@ -1,4 +1,4 @@
-"""What the xFormers ops share: shapes, sequence infos without a sync, and the call."""
+"""Shared by the xFormers ops: shapes, descriptions of lengths without a sync, and the call."""
 
 import functools
 import importlib.util
@@ -122,7 +122,7 @@ def _paged_bias(phase: Phase, block_size: int, causal: bool) -> Any:
 
 
 def attend(call: Call, op: Any, key: torch.Tensor, value: torch.Tensor, bias: Any) -> None:
-    """Run one xFormers op, past its dispatch: that refuses more than 32 decoding requests."""
+    """Run one xFormers op without xFormers' dispatch, which refuses more than 32 decodes."""
     from xformers.ops import fmha
 
     query = grouped(call)

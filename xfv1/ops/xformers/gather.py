@@ -31,12 +31,12 @@ def attend_contiguous(call: Call, op: Any) -> None:
 
 
 def pieces(call: Call) -> Iterator[Call]:
-    """The call in calls that each gather up to MAX_GATHERED bytes, or one request's keys.
+    """The call, cut into calls that each gather up to MAX_GATHERED bytes, or one request's keys.
 
     Many requests that share a long start may see more keys together than the cache holds.
     """
     layer = call.layer
-    # In float32, for a moment, where a scale is applied.
+    # A scale is applied in float32.
     itemsize = 4 if layer.quantized else layer.dtype.itemsize
     most = MAX_GATHERED // (2 * layer.num_kv_heads * layer.head_size * itemsize)
     window = layer.sliding_window
@@ -55,7 +55,7 @@ def pieces(call: Call) -> Iterator[Call]:
 
 
 def _pieces(phase: Phase, window: int | None, most: int) -> list[Phase] | None:
-    """The phase in phases of requests that have up to `most` keys together, or of one request.
+    """The phase, cut into phases that have up to `most` keys, or one request.
 
     None if all requests together have no more. Requests without tokens may be left out.
     """
@@ -91,8 +91,9 @@ def _batch(phase: Phase, first: int, last: int) -> Batch:
 def contiguous_kv(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """[num_keys, num_kv_heads, head_size] of the query's dtype, request after request.
 
-    What a request's queries may see in the cache is gathered by indices made once a step; their
-    number is known on the host, for the length of a prefill is, so nothing waits for the device.
+    The cached keys that a request's queries may see are gathered by indices, which are made once a
+    step. The host knows the lengths of prefills, and so the number of indices: nothing waits for
+    the device.
     """
     if call.batch.own_keys:
         assert call.key is not None and call.value is not None
@@ -110,11 +111,11 @@ def contiguous_kv(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def picked(cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """cache[blocks, offsets], which PyTorch copies element by element: as few as there can be.
+    """cache[blocks, offsets], copied in the widest words that fit: PyTorch copies one at a time.
 
     cache: [num_blocks, block_size, num_kv_heads, head_size], unit stride in the last dimension.
     """
-    # Where a head's row may begin, and how long it is.
+    # A word must divide where a head's row may begin, and how long it is.
     steps = (cache.storage_offset(), *cache.stride()[:3], cache.shape[3])
     word = WORDS[math.gcd(max(WORDS), *(step * cache.itemsize for step in steps))]
     return cache.view(word)[blocks, offsets].view(cache.dtype)
@@ -178,7 +179,7 @@ def _key_info(ranges: list[tuple[int, int]], device: torch.device) -> Any:
 def _slots(phase: Phase, window: int | None, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Block and offset of every key that some query sees: [num_keys] each. size: of a block."""
     ranges = _key_range(phase, window)
-    # Made on the host, where all of it is known, in one copy: request, then position.
+    # The host knows requests and positions: one copy takes both to the device.
     positions = torch.cat([torch.arange(*keys) for keys in ranges])
     counts = torch.tensor([end - first for first, end in ranges])
     requests = torch.repeat_interleave(torch.arange(len(ranges)), counts)

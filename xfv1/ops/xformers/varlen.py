@@ -5,13 +5,11 @@ from typing import Any
 
 import torch
 
-from xfv1.device import Device
+from xfv1.device import Capabilities, Device
 from xfv1.ops.base import Call, Layer, capability_reasons, dtype_reasons, feature_reasons
 from xfv1.ops.xformers.base import installed_reasons
 from xfv1.ops.xformers.gather import attend_contiguous, pieces
 from xfv1.phase import DECODE, Batch
-
-Capabilities = tuple[tuple[int, int], tuple[int, int]]
 
 
 class XFormersVarlen:
@@ -24,24 +22,24 @@ class XFormersVarlen:
         self,
         name: str,
         module: str,
-        kinds: dict[str, Capabilities],
+        devices: dict[str, Capabilities],
         dtypes: tuple[torch.dtype, ...],
         max_head_size: int,
         features: tuple[str, ...],
     ) -> None:
-        """module: of xformers.ops.fmha. kinds: device kinds, each with the capabilities served."""
+        """module: of xformers.ops.fmha. devices: their kinds, each with the capabilities served."""
         self.name = name
         self.module = module
-        self.kinds = kinds
+        self.devices = devices
         self.dtypes = dtypes
         self.max_head_size = max_head_size
         self.features = features
 
     def not_supported_reasons(self, layer: Layer, batch: Batch, device: Device) -> list[str]:
-        if device.kind not in self.kinds:
-            reasons = [f"runs on {', '.join(self.kinds)}, not on {device.kind}"]
+        if device.kind not in self.devices:
+            reasons = [f"runs on {', '.join(self.devices)}, not on {device.kind}"]
         else:
-            reasons = capability_reasons(device, *self.kinds[device.kind])
+            reasons = capability_reasons(device, *self.devices[device.kind])
         reasons = reasons or installed_reasons(self.module)
         dtypes = self.dtypes
         if device.kind == "cuda" and device.capability < (8, 0):
