@@ -37,8 +37,8 @@ def _model(*kinds: LayerKind, **facts: Any) -> Model:
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_cases_have_all_that_distinguishes_the_layer(kind: LayerKind) -> None:
-    names = ("num_heads", "num_kv_heads", "head_size", "sliding_window", "softcap", "alibi")
-    names += ("sinks", "attention", "kv_sharing")
+    names = ["num_heads", "num_kv_heads", "head_size", "sliding_window", "softcap", "alibi"]
+    names += ["sinks", "attention", "kv_sharing"]
     for case in _cases(kind):
         assert [getattr(case, name) for name in names] == [getattr(kind, name) for name in names]
         assert (case.dtype, case.block_size) == ("bf16", 16)
