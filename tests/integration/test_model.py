@@ -5,6 +5,8 @@ All models are read by one process, which imports vLLM once.
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from tests.integration import read_models
 from tests.meta import test_model_fields as by_fields
 from xfv1.model import LayerKind, Model, ModelError, Reader
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.cpu, pytest.mark.xdist_group("models")]
 
 LLAMA = by_fields.LLAMA | {
@@ -161,6 +164,44 @@ def test_ranks_share_the_heads_and_copy_kv_heads(
 ) -> None:
     (kind,) = _read(reader, tmp_path, LLAMA, ranks).kinds
     assert (kind.num_heads, kind.num_kv_heads) == heads
+
+
+# One of two ranks that communicate, as vLLM's CPU worker sets them up.
+REAL_RANK = """
+import json, sys
+from xfv1.packages import hide_broken
+hide_broken()
+from vllm.distributed import parallel_state
+from xfv1.model import build
+
+folder, rank, store = sys.argv[1:]
+
+def real_groups(size):
+    parallel_state.init_distributed_environment(size, int(rank), store, int(rank), "gloo")
+    parallel_state.initialize_model_parallel(size, backend="gloo")
+
+build.prepare()
+build._make_groups = real_groups
+print(json.dumps(build.read(folder, 2, "auto").to_json()))
+"""
+
+
+def test_real_ranks_have_the_same_layers(reader: Reader, tmp_path: Path) -> None:
+    alone = _read(reader, tmp_path, LLAMA, ranks=2)
+    environment = {**os.environ, "VLLM_DIST_IDENT": tmp_path.name, "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", REAL_RANK, str(tmp_path), rank, f"file://{tmp_path}/store"],
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    outputs = [rank.communicate()[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    for output in outputs:
+        assert Model.from_json(json.loads(output.splitlines()[-1])) == alone
 
 
 def test_ranks_that_cannot_share_the_heads_are_refused(reader: Reader, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from fixtures.cases import AttnCase
 from fixtures.cases.models import MAX_KEY_ELEMENTS, MAX_LOGITS, MAX_WINDOW, cases_of
-from tests.harness.models import case_fields, model_cases
-from xfv1.model import LayerKind, Model, NotAsked, spans
+from tests.harness.models import case_fields, model_cases, read_cases
+from xfv1.model import LayerKind, Model, ModelError, NotAsked, Reader, spans
 
 PLAIN = LayerKind(layers=(0, 1), num_heads=32, num_kv_heads=8, head_size=128, scale=128**-0.5)
 # Kinds of layers of served models.
@@ -99,6 +99,33 @@ def test_layers_that_no_case_describes_are_named(kind: LayerKind, reason: str) -
     (layers,) = not_asked
     assert reason in layers.reason
     assert layers.layers == kind.layers
+
+
+def test_what_is_read_and_what_is_not_asked_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    mla = NotAsked(layer="MLAAttention", reason="latent", layers=(2,))
+    model = _model(PLAIN, KINDS["gpt-oss"], not_asked=(mla,))
+    monkeypatch.setattr(Reader, "read", lambda self, path, **options: model)
+    cases, lines = read_cases(["one", "two"], 1)
+    assert cases == [*_cases(PLAIN), *_cases(KINDS["gpt-oss"])]
+    assert lines == [
+        line
+        for path in ("one", "two")
+        for line in (
+            f"{path}: A, bfloat16, read by a test",
+            f"  {PLAIN}",
+            f"  {KINDS['gpt-oss']}",
+            "  not asked: MLAAttention (1 layer): latent",
+        )
+    ]
+
+
+def test_a_model_without_a_layer_to_test_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    mla = NotAsked(layer="MLAAttention", reason="latent", layers=(0, 1))
+    monkeypatch.setattr(Reader, "read", lambda self, path, **options: _model(not_asked=(mla,)))
+    with pytest.raises(
+        ModelError, match=r"^one: no layer to test: MLAAttention \(2 layers\): latent"
+    ):
+        read_cases(["one"], 1)
 
 
 def test_a_cache_of_the_models_own_dtype_is_plain() -> None:
