@@ -38,7 +38,8 @@ HEAD_SIZE = ("head_dim", "kv_channels", "attention_head_dim", "d_kv")
 WIDTH = ("hidden_size", "n_embd", "d_model", "embed_dim")
 
 
-# Facts that vLLM's model makes of a config otherwise than the config's field says, and why.
+# Facts that vLLM's model makes of a config otherwise than the config's field says, by the type of
+# the text model, and why.
 COHERE = "vLLM gives a windowed layer sliding_window + 1 keys (commandr.py)"
 BESIDE = "the config counts the keys on one side of the query, vLLM also the query's own"
 EXPLAINED = {
@@ -214,8 +215,9 @@ def try_one(reader: Reader, model_type: str, architecture: str, config: Any) -> 
     row.outcome = READ if model.kinds else NOT_ASKED
     if model.kinds:
         row.compared, differ = compare(model, expected(config))
+        text_type = config.get_text_config(decoder=True).model_type
         for fact, text in differ.items():
-            if why := EXPLAINED.get((model_type, fact)):
+            if why := EXPLAINED.get((text_type, fact)):
                 row.explained.append(f"{text}: {why}")
             else:
                 row.wrong.append(text)
@@ -239,7 +241,7 @@ def _model_types(found: list[Row]) -> dict[str, int]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     tried = {row.model_type for row in found}
-    return {"of Transformers": len(CONFIG_MAPPING), "with a class in vLLM": len(tried)}
+    return {"of Transformers": len(CONFIG_MAPPING.keys()), "with a class in vLLM": len(tried)}
 
 
 def main() -> None:

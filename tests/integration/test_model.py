@@ -300,3 +300,16 @@ def test_the_program_notices_what_is_read_wrongly(kinds: dict[str, Any], wrong: 
     compared, differ = read_models.compare(model, want)
     assert set(differ) == wrong
     assert len(compared) == 6
+
+
+def test_the_recorded_run_read_nothing_wrongly_and_gives_reasons() -> None:
+    result = json.loads((ROOT / "docs" / "results" / "models.json").read_text())
+    rows = result["rows"]
+    counted = {name: 0 for name in read_models.OUTCOMES}
+    for row in rows:
+        counted[row["outcome"]] += 1
+        assert row["kinds"] or row["not_asked"] or row["reason"], row
+        assert row["wrong"] == [], row
+    assert result["counts"] == counted
+    assert result["wrong"] == 0
+    assert counted["read"] > len(rows) // 2
