@@ -37,12 +37,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[STDERR] = os.dup(2)
     config.add_cleanup(lambda: os.close(config.stash[STDERR]))
     if hasattr(config, "workerinput"):
+        config.option.model_cases = config.workerinput["model_cases"]
         return
     report = ReportPlugin(config, command_line.candidate_name(config), _tier(config))
     config.pluginmanager.register(report, REPORT)
     # Before pytest's own plugin for it is configured.
     if _reports(config) and getattr(config.option, "xmlpath", "") is None:
         config.option.xmlpath = str(report.folder / "junit.xml")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Send one of xdist's workers the cases of --hf-config, which were read once."""
+    node.workerinput["model_cases"] = node.config.option.model_cases
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -127,7 +134,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     promise = promise_of(metafunc.function)
     option = metafunc.config.option
-    extra = command_line.extra_cases(tuple(option.case), tuple(option.hf_config))
+    extra = command_line.extra_cases((*option.case, *option.model_cases))
     # A case that the command line names is in every tier that its test is in.
     tiers = dict.fromkeys(extra.values(), TIERS[0])
     if not option.case:
@@ -235,7 +242,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA or ROCm device: too much for the reference on a CPU")
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    return (
-        f"attention backend under test: {command_line.candidate_name(config)} on {_device_type()}"
-    )
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    candidate = command_line.candidate_name(config)
+    lines: list[str] = getattr(config.option, "model_lines", [])
+    return [f"attention backend under test: {candidate} on {_device_type()}", *lines]

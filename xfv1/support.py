@@ -185,11 +185,14 @@ def summary(layer: Layer, device: Device, **use: bool) -> str:
 # `python -m xfv1` asks.
 
 
-def survey(layer: Layer, device: Device) -> Iterator[tuple[str, str | None, dict[str, list[str]]]]:
+def survey(
+    layer: Layer, device: Device, encoder: bool = False
+) -> Iterator[tuple[str, str | None, dict[str, list[str]]]]:
     """(phase, op, refusals) of a layer's decodes, prompts and chunks of prompts.
 
-    op: the name of the op that is chosen, None if no op serves the phase. refusals: by the names of
-    the other ops, why not.
+    encoder: the layer has no cache, and one phase alone.
+    op: the name of the op that is chosen, None if no op serves the phase.
+    refusals: by the names of the other ops, why not.
     """
     prompts = Batch(
         PREFILL, num_reqs=4, max_query_len=2048, max_seq_len=2048, uniform=False, fresh=True
@@ -199,6 +202,8 @@ def survey(layer: Layer, device: Device) -> Iterator[tuple[str, str | None, dict
         "prefill": prompts,
         "chunked prefill": replace(prompts, max_seq_len=8192, fresh=False),
     }
+    if encoder:
+        phases = {"encoder": replace(prompts, kind=ENCODER)}
     for phase, batch in phases.items():
         tried = dispatch.reasons(layer, batch, device)
         op = next((name for name, why in tried.items() if not why), None)

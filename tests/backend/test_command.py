@@ -1,6 +1,7 @@
 """`python -m xfv1`: does bad input end in one line, and what does it say where vLLM is missing?"""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,29 +9,24 @@ import pytest
 
 import xfv1
 from xfv1 import __main__ as command
+from xfv1.model import LayerKind, Model, NotAsked
 
 pytestmark = pytest.mark.cpu
 
-LLAMA: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
-WHOLE = "expected a whole number from 1 to 2147483647"
-# By what a config.json holds: what is said of it.
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "torch_dtype": "float16",
+}
+# By what a config.json holds: what is said of it. vLLM reads the last one.
 CONFIGS: dict[str, tuple[object, str]] = {
     "list": ([1], "[1]: expected an object"),
-    "no heads": ({}, "num_attention_heads or n_head or n_heads is missing"),
-    "heads": ({"num_attention_heads": True}, f"num_attention_heads=True: {WHOLE}"),
-    "text": (LLAMA | {"text_config": 3}, "text_config=3: expected an object"),
-    "MPT": (LLAMA | {"attn_config": [1]}, "attn_config=[1]: expected an object"),
-    "KV heads": (LLAMA | {"num_key_value_heads": "2"}, f"num_key_value_heads='2': {WHOLE}"),
-    "divisor": (LLAMA | {"num_key_value_heads": 3}, "=3: expected a divisor of 8 heads"),
-    "size": (LLAMA | {"head_dim": "64"}, f"head_dim='64': {WHOLE}"),
-    "negative": (LLAMA | {"head_dim": -3}, f"head_dim=-3: {WHOLE}"),
-    "infinite": (LLAMA | {"head_dim": float("inf")}, f"head_dim=inf: {WHOLE}"),
-    "NaN": (LLAMA | {"head_dim": None, "hidden_size": float("nan")}, f"hidden_size=nan: {WHOLE}"),
-    "hidden": (LLAMA | {"head_dim": None, "hidden_size": 9}, "=9: expected a multiple of 8 heads"),
-    "cap": (LLAMA | {"attn_logit_softcapping": [1]}, "=[1]: expected a number above 0"),
-    "huge cap": (LLAMA | {"attn_logit_softcapping": 10**400}, ": expected a number above 0"),
-    "window": (LLAMA | {"sliding_window": [4]}, f"sliding_window=[4]: {WHOLE}"),
-    "wide": (LLAMA | {"sliding_window": 10**40}, f": {WHOLE}"),
+    "number": (7, "7: expected an object"),
+    "heads": (LLAMA | {"num_attention_heads": "many"}, "num_attention_heads"),
 }
 # By what else is at the path.
 FILES: dict[str, tuple[bytes, str]] = {
@@ -116,14 +112,68 @@ def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"xfv1 {xfv1.__version__}\n"
 
 
-def test_a_models_layers_are_read_from_its_folder(tmp_path: Path) -> None:
-    config = {"text_config": LLAMA | {"sliding_window": 4096, "attn_logit_softcapping": 50}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    layer = {"num_heads": 8, "num_kv_heads": 2, "head_size": 64, "softcap": 50.0}
-    assert command.layers_of(str(tmp_path)) == {
-        "full attention": layer,
-        "sliding window 4096": layer | {"sliding_window": 4096},
-    }
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--tensor-parallel-size", "0"), "--tensor-parallel-size='0': expected a whole number"),
+        (("--tensor-parallel-size=two",), "--tensor-parallel-size='two': expected a whole number"),
+        (("--tensor-parallel-size=2",), "--tensor-parallel-size: expected --hf-config too"),
+    ],
+)
+def test_wrong_ranks_are_one_line(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in _said(capsys, *arguments)
+
+
+def test_a_models_layers_are_one_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    command.main(["--json", f"--hf-config={tmp_path}", "--tensor-parallel-size=2"])
+    facts = json.loads(capsys.readouterr().out)
+    (kind,) = facts["model"]["kinds"]
+    assert (kind["num_heads"], kind["num_kv_heads"], kind["layers"]) == (4, 1, [0, 1])
+    assert facts["model"]["dtype"] == "float16"
+    phases = ["decode", "prefill", "chunked prefill"]
+    feature = "full attention, 4/1 heads of 64 (2 layers)"
+    found = [(row["feature"], row["phase"]) for row in facts["rows"]]
+    assert found == [(feature, phase) for phase in phases]
+
+
+def _model(*kinds: LayerKind, **facts: Any) -> Model:
+    return Model(reader="a test", architecture="A", dtype="float32", kinds=kinds, **facts)
+
+
+PLAIN = LayerKind(layers=(0,), num_heads=8, num_kv_heads=2, head_size=64, scale=0.125)
+MLA = NotAsked(layer="MLAAttention", reason="multi-head latent attention", layers=(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("model", "said", "status"),
+    [
+        (_model(PLAIN), "layers: full attention, 8/2 heads of 64 (1 layer): 0", 0),
+        (
+            _model(PLAIN, not_asked=(MLA,)),
+            "not asked: MLAAttention (2 layers): multi-head latent attention",
+            0,
+        ),
+        (_model(not_asked=(MLA,)), "not asked: MLAAttention (2 layers)", 1),
+        (_model(PLAIN, refused=("its image tokens",)), "xfv1 refuses it: its image tokens", 1),
+        (_model(replace(PLAIN, kv_cache_dtype="nvfp4")), "every op: kv_cache_dtype='nvfp4'", 1),
+        (_model(replace(PLAIN, attention="encoder")), "  encoder  torch", 0),
+    ],
+    ids=["served", "some not asked", "none asked", "refused", "KV cache", "encoder"],
+)
+def test_the_table_says_what_is_not_asked_or_refused(
+    model: Model,
+    said: str,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "read", lambda path, **options: model)
+    monkeypatch.setattr(command, "plugin", lambda: (True, "registered"))
+    assert command.main(["--hf-config=model"]) == status
+    assert said in capsys.readouterr().out
 
 
 def test_without_vllm_the_ops_are_still_said(

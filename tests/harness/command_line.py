@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from fixtures.cases import AttnCase
-from fixtures.cases.models import cases_from_config
 from fixtures.cases.strategies import profile
 from fixtures.cases.tables import TIERS
 from tests.harness import ledger
@@ -68,16 +67,31 @@ def _arguments(config: pytest.Config) -> list[tuple[str, str]]:
 
 
 @functools.cache
-def extra_cases(ids: tuple[str, ...], configs: tuple[str, ...]) -> dict[str, AttnCase]:
-    """Cases that the command line names, by id.
+def extra_cases(ids: tuple[str, ...]) -> dict[str, AttnCase]:
+    """Cases by their ids.
 
     Raises:
-        CaseError, ConfigError: for an id or a config.json that gives none.
+        CaseError: for an id that is no case's.
     """
-    found = {text: AttnCase.from_id(text) for text in ids}
-    for path in configs:
-        found |= {case.id: case for case in cases_from_config(os.path.expanduser(path))}
-    return found
+    return {text: AttnCase.from_id(text) for text in ids}
+
+
+def _read_models(config: pytest.Config) -> None:
+    """Read the models of --hf-config.
+
+    `model_cases` is then the ids of their cases, and `model_lines` says what was read.
+    """
+    option = config.option
+    option.model_cases, option.model_lines = [], []
+    if not option.hf_config:
+        return
+    try:
+        from tests.harness.models import read_cases
+    except ImportError as error:
+        # The suite tests other candidates without xfv1, which reads models.
+        raise ValueError(f"expected xfv1 to be importable: {error}") from error
+    cases, lines = read_cases(option.hf_config, int(option.tensor_parallel_size))
+    option.model_cases, option.model_lines = [case.id for case in cases], lines
 
 
 def check(config: pytest.Config) -> None:
@@ -94,8 +108,8 @@ def check(config: pytest.Config) -> None:
         ("", lambda: _check_values(config)),
         ("", lambda: _check_selection(config)),
         ("", lambda: named(candidate_name(config))),
-        ("--case: ", lambda: extra_cases(tuple(option.case), ())),
-        ("--hf-config: ", lambda: extra_cases((), tuple(option.hf_config))),
+        ("--case: ", lambda: extra_cases(tuple(option.case))),
+        ("--hf-config: ", lambda: _read_models(config)),
         ("--ledger: ", lambda: ledger.load_ledger(Path(option.ledger))),
     ]
     for where, read in checks:
@@ -124,6 +138,11 @@ def _check_values(config: pytest.Config) -> None:
     ):
         if "" in values:
             raise ValueError(f"{name}=: expected {accepted}")
+    if not re.fullmatch(r"[1-9]\d{0,3}", option.tensor_parallel_size):
+        given = shown(option.tensor_parallel_size)
+        raise ValueError(f"--tensor-parallel-size={given}: expected a whole number from 1 to 9999")
+    if option.tensor_parallel_size != "1" and not option.hf_config:
+        raise ValueError("--tensor-parallel-size: expected --hf-config too")
     if len(set(option.candidate)) > 1:
         raise ValueError(f"--candidate={shown(option.candidate)}: expected one")
 

@@ -35,6 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="add the cases of a model's Hugging Face config.json (may be given again)",
     )
     group.addoption(
+        "--tensor-parallel-size",
+        default="1",
+        metavar="N",
+        help="the models of --hf-config are shared by so many ranks; the cases are one rank's",
+    )
+    group.addoption(
         "--report", default="report", metavar="DIR", help="folder of results.json and junit.xml"
     )
     # For the suite's own tests: there is one ledger, and one limit.

@@ -17,14 +17,14 @@ Drawing = tuple[tuple[str, ...], ...]
 DRAWN: dict[str, Drawing] = {
     "xfv1": (
         ("backend", "__main__"),
-        ("impl",),
+        ("impl", "model"),
         ("support", "builder"),
         ("debug", "dispatch"),
         ("step", "rules"),
         ("ops",),
         ("phase", "cache", "kernels", "__init__"),
         ("cpu",),
-        ("compat", "device", "settings"),
+        ("compat", "device", "settings", "packages"),
         ("wording",),
     ),
     "xfv1.ops": (
@@ -37,6 +37,12 @@ DRAWN: dict[str, Drawing] = {
         ("gather",),
         ("base",),
         ("__init__",),
+    ),
+    "xfv1.model": (
+        ("__init__", "serve"),
+        ("reader", "build"),
+        ("fields",),
+        ("facts",),
     ),
     "xfv1.kernels": (("paged",), ("__init__",)),
     "xfv1.kernels.paged": (("launch",), ("device", "tiling"), ("__init__",)),

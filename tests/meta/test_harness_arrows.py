@@ -15,7 +15,7 @@ HARNESS = "tests.harness"
 FLOORS: tuple[set[str], ...] = (
     {"wording"},
     # About a process, a run or a file.
-    {"environment", "ledger", "output", "provenance", "rocm", "samples"}
+    {"environment", "ledger", "models", "output", "provenance", "rocm", "samples"}
     | {"settings", "summary", "watchdog"},
     # The words that the other floors have in common.
     {"loading", "promises", "verdicts"},
