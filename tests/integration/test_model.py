@@ -305,7 +305,7 @@ def test_the_program_notices_what_is_read_wrongly(kinds: dict[str, Any], wrong: 
 def test_the_recorded_run_read_nothing_wrongly_and_gives_reasons() -> None:
     result = json.loads((ROOT / "docs" / "results" / "models.json").read_text())
     rows = result["rows"]
-    counted = {name: 0 for name in read_models.OUTCOMES}
+    counted = dict.fromkeys(read_models.OUTCOMES, 0)
     for row in rows:
         counted[row["outcome"]] += 1
         assert row["kinds"] or row["not_asked"] or row["reason"], row
