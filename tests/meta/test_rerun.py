@@ -65,7 +65,8 @@ def test_every_variable_that_the_backend_and_the_fixtures_read_is_listed() -> No
         for name in _read(path)
     }
     assert {"XFV1_OPS", "TRITON_INTERPRET", "HYPOTHESIS_PROFILE"} <= read
-    assert [name for name in read if not changes_verdicts(name)] == []
+    # xfv1 hands PYTHONPATH on to the process that reads a model.
+    assert {name for name in read if not changes_verdicts(name)} == {"PYTHONPATH"}
 
 
 def test_every_variable_by_which_tox_restricts_the_processor_is_listed() -> None:
