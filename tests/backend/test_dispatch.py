@@ -561,3 +561,28 @@ def test_a_drafting_servers_layer_is_refused_once_for_what_nobody_serves(
     monkeypatch.setattr(compat, "speculates", lambda: True)
     with pytest.raises(NotImplementedError, match=r"^xfv1: neither; only so$"):
         XFormersImpl(8, 64, 0.125, 2)
+
+
+def test_a_survey_asks_of_prompts_and_of_their_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk has keys from before the step; a whole prompt and an encoder's have none."""
+    asked = []
+
+    def reasons(layer: Layer, batch: Batch, device: Device) -> dict[str, list[str]]:
+        asked.append(batch)
+        return {"first": ["why not"], "second": []}
+
+    monkeypatch.setattr(dispatch, "reasons", reasons)
+    device = CARDS["sm_90"].device
+    rows = [*support.survey(PLAIN, device), *support.survey(PLAIN, device, encoder=True)]
+    assert [(phase, op, refused) for phase, op, refused in rows] == [
+        (phase, "second", {"first": ["why not"]})
+        for phase in ("decode", "prefill", "chunked prefill", "encoder")
+    ]
+    assert [batch.kind for batch in asked] == [DECODE, PREFILL, PREFILL, ENCODER]
+    assert [batch.fresh for batch in asked] == [False, True, False, True]
+    assert [batch.max_seq_len > batch.max_query_len for batch in asked] == [
+        True,
+        False,
+        True,
+        False,
+    ]

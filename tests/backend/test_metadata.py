@@ -132,6 +132,42 @@ def test_a_draft_models_longer_requests_are_not_taken_for_whole_prompts(
         assert phase.seq_lens_cpu is None
 
 
+@pytest.mark.parametrize("name", STEPS)
+def test_a_host_that_is_told_no_lengths_knows_none(name: str, device: torch.device) -> None:
+    inputs = build_inputs(STEPS[name][0], device)
+    builder = drive(XFormersAttentionBackend, inputs.case, device).builder
+    common = dataclasses.replace(common_metadata(inputs), seq_lens_cpu_upper_bound=None)
+    metadata = builder.build(0, common)
+    assert metadata.phases
+    for phase in (metadata.whole, *metadata.phases):
+        assert not phase.batch.fresh
+        assert not phase.batch.host_lens
+        assert phase.seq_lens_cpu is None
+
+
+def test_a_step_without_requests_has_no_phase(device: torch.device) -> None:
+    inputs = build_inputs(STEPS["mixed"][0], device)
+    builder = drive(XFormersAttentionBackend, inputs.case, device).builder
+    common = common_metadata(inputs)
+    empty = dataclasses.replace(
+        common,
+        query_start_loc=common.query_start_loc[:1],
+        query_start_loc_cpu=common.query_start_loc_cpu[:1],
+        seq_lens=common.seq_lens[:0],
+        seq_lens_cpu_upper_bound=common.seq_lens_cpu_upper_bound[:0],
+        block_table_tensor=common.block_table_tensor[:0],
+        slot_mapping=common.slot_mapping[:0],
+        num_reqs=0,
+        num_actual_tokens=0,
+        max_query_len=0,
+        max_seq_len=0,
+        is_prefilling=None,
+    )
+    metadata = builder.build(0, empty)
+    assert metadata.phases == []
+    assert metadata.whole.batch.num_reqs == 0
+
+
 @pytest.mark.parametrize("name", ["decodes", "padded", "verification"])
 def test_a_capture_is_of_decodes_with_context(name: str, device: torch.device) -> None:
     """vLLM's dummy batch has none: keys of the step alone would do for it, and for no other."""

@@ -44,6 +44,17 @@ def views(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return key_cache, value_cache
 
 
+@pytest.mark.parametrize("allocated", [torch.uint8, torch.float8_e4m3fn])
+def test_a_float8_caches_bytes_are_its_keys_and_values(allocated: torch.dtype) -> None:
+    """vLLM allocates bytes, by whichever dtype."""
+    stored = new_cache(2, 16, torch.float8_e4m3fn, torch.device("cpu"))
+    got = cache.views(stored.view(allocated), 16, torch.float8_e4m3fn)
+    for mine, right in zip(got, views(stored), strict=True):
+        assert mine.dtype == torch.float8_e4m3fn
+        assert mine.data_ptr() == right.data_ptr()
+        assert torch.equal(bits(mine), bits(right))
+
+
 @pytest.fixture
 def layer(device: torch.device) -> SimpleNamespace:
     """What is read of vLLM's layer; made before a capture, which takes nothing from the host."""

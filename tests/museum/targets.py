@@ -70,7 +70,7 @@ TARGETS = (
     Target("xfv1.builder", (TORCH, GATHERED), _METADATA, one_in=6),
     Target("xfv1.step", (TORCH, GATHERED), _METADATA, one_in=6),
     Target("xfv1.phase", (TORCH, GATHERED), _METADATA, one_in=6),
-    Target("xfv1.impl", (TORCH, GATHERED), (_IMPL, _DISPATCH), one_in=8),
+    Target("xfv1.impl", (TORCH, GATHERED), (_IMPL, _DISPATCH, _DEBUG), one_in=8),
     Target("xfv1.dispatch", (TORCH,), (_DISPATCH,), one_in=6),
     Target("xfv1.support", (TORCH,), (_DISPATCH, _IMPL), one_in=6),
     Target("xfv1.rules", (TORCH,), (_DISPATCH,), one_in=6),
@@ -97,6 +97,7 @@ WITHOUT = (
     Without("xfv1.builder", "XFormersMetadataBuilder._parts", _RANKS),
     Without("xfv1.builder", "XFormersMetadataBuilder._context_batch", _RANKS),
     Without("xfv1.builder", "XFormersMetadataBuilder.__init__", _RANKS, "self._lens = *"),
+    Without("xfv1.builder", "XFormersMetadataBuilder.__init__", _RANKS, "self.dcp_world_size > *"),
     Without("xfv1.builder", "XFormersMetadataBuilder.build", _RANKS, "metadata.parts = *"),
     Without("xfv1.step", "XFormersMetadata.over", _RANKS, "*parts*"),
     # Only for a group of ranks is a phase that begins later given another table.
@@ -104,6 +105,9 @@ WITHOUT = (
     Without("xfv1.phase", "Phase.requests", _RANKS, "first=self.first + first"),
     Without("xfv1.impl", "XFormersImpl._run_parts", _RANKS),
     Without("xfv1.impl", "XFormersImpl.__init__", _RANKS, "*sharded*"),
+    Without("xfv1.impl", "XFormersImpl._uses", _RANKS, "*sharded*"),
+    Without("xfv1.impl", "XFormersImpl._uses", _RANKS, "*'lse': True*"),
+    Without("xfv1.impl", "XFormersImpl._refusals", _RANKS, "*support.parallel_reasons*"),
     Without("xfv1.impl", "XFormersImpl.forward", _RANKS, "*parts*"),
     Without("xfv1.impl", "XFormersImpl.do_kv_cache_update", _GPU, "*slot_mapping.numel()*"),
     Without("xfv1.compat", "context_group", _RANKS),
@@ -113,6 +117,7 @@ WITHOUT = (
     Without(_LAUNCH, "paged_attention", _INVARIANT, "*num_splits = (False, 1)"),
     Without("xfv1.compat", "check_version", "what is logged"),
     Without("xfv1.compat", "log_once", "what is logged"),
+    Without("xfv1.compat", "warn_once", "what is logged"),
     Without("xfv1.compat", "device_kind", _GPU),
     Without("xfv1.cache", "fp8_dtype", _GPU),
     Without("xfv1.compat", "stride_order", _GPU),
@@ -122,7 +127,8 @@ WITHOUT = (
     Without("xfv1.cache", "write_kv", _GPU, "*WARP*"),
     Without("xfv1.cache", "write_kv", _GPU, "*key.shape[[]1]*"),
     *(
-        Without("xfv1.support", "typical_batches", "any batch of its kind would do", part)
+        Without("xfv1.support", name, "any batch of its kind would do", part)
+        for name in ("typical_batches", "survey")
         for part in ("num_reqs=*", "max_query_len=*", "max_seq_len=*")
     ),
     *(
