@@ -258,11 +258,10 @@ def test_after_all_of_this_it_answers_and_shuts_down_clean(
     """The last test: it ends the server."""
     assert complete(server, PROMPTS[-1])["tokens"] == scripts["xfv1"].answers.tokens[-1]
     server.wait_until_idle()
-    before = server.printed()
-    # vLLM's front end logs a malformed request with its stack; nothing of that reaches the engine.
-    assert not re.search(r"^\((EngineCore|Worker).*Traceback", before, re.M)
     assert server.stop() == 0
-    assert "Traceback" not in server.printed().removeprefix(before)
+    # vLLM's front end, another process, logs a malformed request with its stack. It also logs that
+    # the engine is gone, if the engine happens to end first.
+    assert not re.search(r"^\((EngineCore|Worker).*Traceback", server.printed(), re.M)
 
 
 # What follows starts no engine: names on their way into its configuration.
