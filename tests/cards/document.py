@@ -40,7 +40,7 @@ alone. For the other cards, the page says how far each op is proven:
 "Shared memory" is what one block may have, "most taken" what the largest tile takes. "Spilled" is
 how many bytes of a thread have no room in registers, in the tile that spills most, and how many
 tiles spill. All numbers are
-in `docs/results/cards.json`. `tox -e cards` compiles all tiles again; CI compiles all of them as
+in `tests/cards/cards.json`. `tox -e cards` compiles all tiles again; CI compiles all of them as
 far as the layout of shared memory, and some to the end.
 
 ## Which op serves what

@@ -1,6 +1,6 @@
 """Compile what xfv1's own kernel launches on each card, without a card.
 
-    python -m tests.cards.gate --all --json docs/results/cards.json
+    python -m tests.cards.gate --all --json tests/cards/cards.json
     python -m tests.cards.gate --cards sm_86
 
 Each tile is compiled to the layout of shared memory, and so are some of the launches that have a
@@ -30,7 +30,7 @@ from tests.harness.output import say
 from tests.harness.provenance import environment
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "docs" / "results" / "cards.json"
+RESULTS = Path(__file__).with_name("cards.json")
 # Launches of a card, of those that share their tile with another, whose layout is compared.
 SAMPLE = 12
 # Padded head size, bytes of a query's element, and whether the cache is of float8: the tile that is

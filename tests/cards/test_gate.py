@@ -1,7 +1,7 @@
 """Every launch of the matrix compiles for every card, and fits it.
 
 Where a tile is new, or takes more than is recorded, these tests fail. Then:
-python -m tests.cards.gate --all --json docs/results/cards.json, about ten minutes of two cores.
+python -m tests.cards.gate --all --json tests/cards/cards.json, about ten minutes of two cores.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from xfv1.kernels.paged.tiling import Config, prefill_config
 from xfv1.ops.triton_paged import TritonPaged
 
 RESULTS = load()
-RERUN = "run: python -m tests.cards.gate --all --json docs/results/cards.json"
+RERUN = "run: python -m tests.cards.gate --all --json tests/cards/cards.json"
 
 
 @pytest.mark.parametrize("name", CARDS)

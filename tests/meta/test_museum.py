@@ -1,7 +1,7 @@
 """The suite notices every fault of the museum, and lets pass what is none.
 
 Which test of which case kills a fault is looked up in the museum's report, and is run here again.
-After a new fault, or a change of cases: python -m tests.museum.kill --json docs/results/museum.json
+After a new fault, or a change of cases: python -m tests.museum.kill --json tests/museum/museum.json
 """
 
 import json

@@ -1,6 +1,6 @@
 """The report of generated faults is of the source as it is, and a few of them are run again.
 
-After a change of what is mutated: python -m tests.museum.mutants --json docs/results/mutants.json
+After a change of what is mutated: python -m tests.museum.mutants --json tests/museum/mutants.json
 """
 
 import json
@@ -16,8 +16,8 @@ from tests.museum.mutate import Mutant, MutantError, Without, mutants_of
 from tests.museum.targets import TARGETS, chosen, explained, generated
 
 ROOT = Path(__file__).parents[2]
-REPORT: dict[str, Any] = json.loads((ROOT / "docs" / "results" / "mutants.json").read_text())
-RUN = "run: python -m tests.museum.mutants --new --json docs/results/mutants.json"
+REPORT: dict[str, Any] = json.loads((ROOT / "tests" / "museum" / "mutants.json").read_text())
+RUN = "run: python -m tests.museum.mutants --new --json tests/museum/mutants.json"
 LEAST_RATE = 0.98
 # Run again here, of each file in turn.
 SAMPLE = 12

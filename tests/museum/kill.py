@@ -1,6 +1,6 @@
 """Which of the museum's faulty backends the suite's own tests notice, and how soon.
 
-    python -m tests.museum.kill --json docs/results/museum.json
+    python -m tests.museum.kill --json tests/museum/museum.json
 
 Every fault is put through the conformance tests, the very functions, on the cases that can tell
 it from the truth, the lightest of the smallest tier first, until one fails.
@@ -42,7 +42,7 @@ from tests.museum.faults import BACKEND_FAULTS, BackendFault  # noqa: E402
 from tests.museum.plain import Plain  # noqa: E402
 
 CPU = torch.device("cpu")
-RESULTS = Path(__file__).parents[2] / "docs" / "results" / "museum.json"
+RESULTS = Path(__file__).with_name("museum.json")
 PROMISES = promises_in(
     test_output, test_visibility, test_poison, test_cache, test_invariance, test_addressing
 )

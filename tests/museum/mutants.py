@@ -1,6 +1,6 @@
 """Generated faults: which small changes of the source the suite's own tests notice.
 
-    python -m tests.museum.mutants --json docs/results/mutants.json
+    python -m tests.museum.mutants --json tests/museum/mutants.json
 
 Each mutant (`tests.museum.mutate`) is put in place of its module in a process of its own, which
 the conformance tests are then run in, the very functions, on a few cases of the cpu tier; what
@@ -68,7 +68,7 @@ from tests.museum.targets import (  # noqa: E402
 )
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "docs" / "results" / "mutants.json"
+RESULTS = Path(__file__).with_name("mutants.json")
 CRASHED, TIMEOUT = "crashed", "timeout"
 # What a process that runs into its alarm is given, over what the truth takes.
 SLOWER, LEAST_SECONDS = 10, 10
