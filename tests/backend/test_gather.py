@@ -161,3 +161,16 @@ def test_a_prompts_own_keys_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None
     call = whole_call(build_inputs(AttnCase(scenario="fresh_prefill")))
     fresh = replace(call, phase=call.phase.changed(batch=replace(call.batch, fresh=True)))
     assert list(pieces(fresh)) == [fresh]
+
+
+def test_a_fresh_batch_has_the_keys_and_values_of_its_tokens_alone() -> None:
+    """Rows of a graph's padding come after them."""
+    case = AttnCase(scenario="fresh_prefill", pad_tokens=3)
+    inputs = build_inputs(case)
+    call = whole_call(inputs)
+    padded = replace(call, phase=call.phase.changed(batch=replace(call.batch, fresh=True)))
+    padded = replace(padded, key=inputs.key, value=inputs.value)
+    assert len(inputs.key) == len(inputs.value) == case.num_tokens + 3
+    key, value = contiguous_kv(padded)
+    assert torch.equal(bits(key), bits(inputs.key[: case.num_tokens]))
+    assert torch.equal(bits(value), bits(inputs.value[: case.num_tokens]))
