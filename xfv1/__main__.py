@@ -238,7 +238,7 @@ def render(facts: dict[str, Any]) -> list[str]:
 
 
 def _model_lines(model: Model) -> list[str]:
-    """What the model is, and which of its layers xfv1 is not asked for or refuses."""
+    """Lines about the model: its class, its layers, and which of them are refused or not asked."""
     lines = [f"model {model.architecture} in {model.dtype}, read by {model.reader}"]
     lines += [f"xfv1 refuses it: {reason}" for reason in model.refused]
     lines += [f"layers: {kind}" for kind in model.kinds]

@@ -4,16 +4,37 @@ from typing import Any
 
 import torch
 
+from fixtures.cases import AttnCase
 from fixtures.inputs import TORCH_DTYPES, AttnInputs
 from tests.harness.truth import written_cache
 from xfv1.ops.base import Call, Layer
 from xfv1.phase import DECODE, ENCODER, PREFILL, Batch, Phase
 
 
+def layer_of(case: AttnCase, fnuz: bool = False) -> Layer:
+    """The facts of a case's layer. fnuz: the device's float8_e4m3 is an MI300's."""
+    stored = TORCH_DTYPES[case.cache_dtype]
+    if fnuz and stored == torch.float8_e4m3fn:
+        stored = torch.float8_e4m3fnuz
+    return Layer(
+        num_heads=case.num_heads,
+        num_kv_heads=case.num_kv_heads,
+        head_size=case.head_size,
+        dtype=TORCH_DTYPES[case.dtype],
+        kv_dtype=stored,
+        block_size=case.block_size if case.paged else 0,
+        sliding_window=case.sliding_window,
+        softcap=case.softcap,
+        alibi=case.alibi,
+        alibi_sqrt=case.alibi_sqrt,
+        sinks=case.sinks,
+        causal=case.causal,
+    )
+
+
 def whole_call(inputs: AttnInputs) -> Call:
     """The whole batch in one call, as one phase that wants the LSE too."""
     case = inputs.case
-    dtype = TORCH_DTYPES[case.dtype]
     encoder, rows = not case.paged, slice(0, case.num_tokens)
     longest = max(case.query_lens)
     cache = written_cache(inputs)[0]
@@ -24,20 +45,7 @@ def whole_call(inputs: AttnInputs) -> Call:
         for name in ("k_scale", "v_scale")
     }
     return Call(
-        layer=Layer(
-            num_heads=case.num_heads,
-            num_kv_heads=case.num_kv_heads,
-            head_size=case.head_size,
-            dtype=dtype,
-            kv_dtype=TORCH_DTYPES[case.cache_dtype],
-            block_size=0 if encoder else case.block_size,
-            sliding_window=case.sliding_window,
-            softcap=case.softcap,
-            alibi=case.alibi,
-            alibi_sqrt=case.alibi_sqrt,
-            sinks=case.sinks,
-            causal=case.causal,
-        ),
+        layer=layer_of(case),
         phase=Phase(
             batch=Batch(
                 ENCODER if encoder else DECODE if len(set(case.query_lens)) == 1 else PREFILL,

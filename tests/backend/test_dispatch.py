@@ -117,7 +117,7 @@ IGNORES = {
 }
 
 Install = Callable[..., None]
-# What the fixture below replaces.
+# The real function, which the fixture below replaces.
 UNAVAILABLE = xformers._unavailable
 
 
@@ -301,7 +301,7 @@ def test_layer_is_refused_by_phase(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def unavailable(monkeypatch: pytest.MonkeyPatch, found: Any) -> list[str]:
-    """What is said of xFormers' FlashAttention 2 where importing its module gives that."""
+    """The reason for xFormers' FlashAttention 2 where importing its module gives that."""
 
     def import_module(name: str) -> Any:
         assert name == "xformers.ops.fmha.flash"
@@ -388,8 +388,7 @@ def test_rules_name_ops_that_exist_once_each() -> None:
 
 
 def test_only_hoppers_rules_are_measured() -> None:
-    """What was timed on an H100 says nothing of AMD's cards, whose capabilities are near, nor of
-    later ones."""
+    """A time on an H100 says nothing about later cards, or about AMD's of a near capability."""
     measured = [rule for rule in RULES if rule.why.startswith("measured: ")]
     assert len(measured) == 4
     for rule in measured:

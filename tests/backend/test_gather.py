@@ -16,7 +16,7 @@ from tests.museum.twins import GatheredOp
 from xfv1.ops.xformers import gather
 from xfv1.ops.xformers.gather import contiguous_bias, contiguous_kv, picked, pieces
 
-# What an op of xFormers is given is made of xFormers' own masks.
+# An op of xFormers takes masks that xFormers makes.
 needs_xformers = pytest.mark.skipif(not has_xformers(), reason="xformers is not installed")
 CASES = (
     AttnCase(scenario="mixed_spec"),

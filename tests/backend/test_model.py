@@ -254,7 +254,7 @@ def test_without_vllm_the_fields_are_read(tmp_path: Path, monkeypatch: pytest.Mo
     absent = tmp_path / "packages" / "vllm"
     absent.mkdir(parents=True)
     (absent / "__init__.py").write_text("raise ImportError('no such vllm')\n")
-    # Of a server's processes, the first looks there, before it looks where vLLM is installed.
+    # The process that reads models looks in PYTHONPATH before it looks where vLLM is installed.
     path = os.pathsep.join(filter(None, (str(absent.parent), os.environ.get("PYTHONPATH", ""))))
     monkeypatch.setenv("PYTHONPATH", path)
     with Reader() as reader:

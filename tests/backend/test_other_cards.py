@@ -20,8 +20,8 @@ from tests.cards.cards import CARDS
 from xfv1.device import device_of
 from xfv1.kernels.paged import device, launch
 
-# Of each way to tile that is not an H100's: no tensor cores, less shared memory, wavefronts of 64,
-# few registers.
+# One card for each way to tile that is not an H100's: no tensor cores, less shared memory,
+# wavefronts of 64, few registers.
 OTHERS = ("sm_75", "sm_86", "gfx942", "gfx1100")
 # Programs that share a row's keys.
 SPLITS = 3

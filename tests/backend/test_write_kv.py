@@ -39,7 +39,7 @@ def new_cache(heads: int, size: int, dtype: torch.dtype, device: torch.device) -
 
 
 def views(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the keys, and of the values."""
+    """The cache's keys, and its values."""
     key_cache, value_cache = cache.transpose(1, 2).chunk(2, dim=-1)
     return key_cache, value_cache
 
@@ -57,7 +57,7 @@ def test_a_float8_caches_bytes_are_its_keys_and_values(allocated: torch.dtype) -
 
 @pytest.fixture
 def layer(device: torch.device) -> SimpleNamespace:
-    """What is read of vLLM's layer; made before a capture, which takes nothing from the host."""
+    """The scales of vLLM's layer, made before a capture, which takes nothing from the host."""
     return SimpleNamespace(
         _k_scale=torch.tensor(K_SCALE, device=device), _v_scale=torch.tensor(V_SCALE, device=device)
     )

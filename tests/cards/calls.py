@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from fixtures.cases import AttnCase
-from fixtures.inputs import TORCH_DTYPES
-from xfv1.ops.base import Call, Layer
+from tests.backend.calls import layer_of
+from xfv1.ops.base import Call
 from xfv1.phase import DECODE, ENCODER, PREFILL, Batch, Phase
 
 META = torch.device("meta")
@@ -21,8 +21,8 @@ def calls(
 
     fnuz: a float8 cache is what an MI300 stores.
     """
-    pairs = list(zip(case.query_lens, case.seq_lens, strict=True))
-    if case.attention == "encoder":
+    pairs = list(case.requests)
+    if not case.paged:
         yield _call(case, ENCODER, pairs, device, cache_bytes, fnuz)
         return
     decodes, first = 0, pairs[0][0]
@@ -32,28 +32,6 @@ def calls(
     for kind, part in ((DECODE, pairs[:decodes]), (PREFILL, pairs[decodes:])):
         if any(query_len for query_len, _ in part):
             yield _call(case, kind, part, device, cache_bytes, fnuz)
-
-
-def layer_of(case: AttnCase, fnuz: bool = False) -> Layer:
-    """The facts of a case's layer."""
-    dtype = TORCH_DTYPES[case.dtype]
-    kv_dtype = dtype if case.kv_dtype == "auto" else TORCH_DTYPES[case.kv_dtype]
-    if fnuz and kv_dtype == torch.float8_e4m3fn:
-        kv_dtype = torch.float8_e4m3fnuz
-    return Layer(
-        num_heads=case.num_heads,
-        num_kv_heads=case.num_kv_heads,
-        head_size=case.head_size,
-        dtype=dtype,
-        kv_dtype=kv_dtype,
-        block_size=0 if case.attention == "encoder" else case.block_size,
-        sliding_window=case.sliding_window,
-        softcap=case.softcap,
-        alibi=case.alibi,
-        alibi_sqrt=case.alibi_sqrt,
-        sinks=case.sinks,
-        causal=case.causal,
-    )
 
 
 def _call(

@@ -19,7 +19,7 @@ from xfv1.device import Device
 
 @dataclass(frozen=True)
 class Binary:
-    """What a compiled kernel takes.
+    """The resources of a compiled kernel.
 
     shared: bytes of shared memory. registers: of a thread. spilled: bytes of a thread that did not
     fit into its registers, stored to memory and loaded again.
@@ -48,11 +48,11 @@ def shared_memory(launch: Launch, device: Device) -> int:
 
 
 def binary(launch: Launch, device: Device) -> Binary:
-    """What the compiled kernel takes, by ptxas' word, or by what LLVM notes in AMD's assembly."""
+    """The compiled kernel's resources, as ptxas or LLVM's notes in AMD's assembly state them."""
     log = io.StringIO()
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
-        # What comes from Triton's cache has no log.
+        # A kernel from Triton's cache has no log.
         knobs.compilation.always_compile = True
         kernel = _compile(launch, device)
     if device.kind == "cuda":

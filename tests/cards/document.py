@@ -39,9 +39,8 @@ alone. For the other cards, the page says how far each op is proven:
 
 "Shared memory" is what one block may have, "most taken" what the largest tile takes. "Spilled" is
 how many bytes of a thread have no room in registers, in the tile that spills most, and how many
-tiles spill. All numbers are
-in `tests/cards/cards.json`. `tox -e cards` compiles all tiles again; CI compiles all of them as
-far as the layout of shared memory, and some to the end.
+tiles spill. All numbers are in `tests/cards/cards.json`. CI compiles all tiles as far as the layout
+of shared memory, and some to the end. `tox -e cards` compiles all of them to the end.
 
 ## Which op serves what
 
@@ -154,13 +153,13 @@ def _rules() -> Iterator[str]:
 
 
 def _bounds(rule: Rule) -> str:
-    """What else a rule asks for, in words."""
+    """The bounds of a rule that are not the defaults, in words."""
     words = []
-    if rule.head_sizes != (1, 512):
+    if rule.head_sizes != Rule.head_sizes:
         words.append(f"head size {rule.head_sizes[0]}")
-    if rule.num_reqs != (0, 1 << 30):
+    if rule.num_reqs != Rule.num_reqs:
         words.append("{} to {} requests".format(*rule.num_reqs))
-    if rule.query_lens != (0, 1 << 30):
+    if rule.query_lens != Rule.query_lens:
         words.append(f"up to {rule.query_lens[1]} queries of {rule.seq_lens[0]} keys or more")
     if rule.dtypes:
         words.append(" or ".join(str(dtype).removeprefix("torch.") for dtype in rule.dtypes))

@@ -3,9 +3,9 @@
     python -m tests.cards.gate --all --json tests/cards/cards.json
     python -m tests.cards.gate --cards sm_86
 
-Each tile is compiled to the layout of shared memory, and so are some of the launches that have a
-tile in common with another; a slice, or with --all every tile, is compiled to the end, which tells
-registers and spills. LLVM may end its process, so each card has one of its own.
+One launch of each tile is compiled to the layout of shared memory, and so is a sample of the other
+launches. A slice of the tiles is compiled to the end, which gives registers and spills; --all
+compiles every tile to the end. LLVM may end its process, so each card has a process of its own.
 """
 
 import argparse
@@ -31,15 +31,15 @@ from tests.harness.provenance import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("cards.json")
-# Launches of a card, of those that share their tile with another, whose layout is compared.
+# The sample: so many of a card's launches whose tile another launch already stands for.
 SAMPLE = 12
-# Padded head size, bytes of a query's element, and whether the cache is of float8: the tile that is
-# so and has the most rows is compiled to the end in CI.
+# The slice that CI compiles to the end: for each entry, the tile with the most rows. An entry is a
+# padded head size, the bytes of a query's element, and whether the cache is of float8.
 SLICE = ((128, 2, False), (256, 2, False), (128, 2, True), (64, 4, False))
 
-# Bytes of a thread that may find no room in registers, by card: the most that any tile spills now.
-# A card of 0 spills nothing. Hopper's tiles are the measured ones, and the larger Blackwell has
-# Hopper's; those that spill multiply float32 with keys of float8, for which registers are few.
+# By card, the most bytes that a thread of any tile spills now: bytes without room in registers.
+# Hopper's tiles are the measured ones. Those of them that spill most multiply float32 with keys of
+# float8, for which there are few registers.
 SPILLED: dict[str, int] = {
     "sm_75": 0,
     "sm_80": 8,
@@ -91,8 +91,8 @@ def digest(launch: Launch) -> str:
 def distinct(launches: Sequence[Launch]) -> list[Launch]:
     """Each launch that Triton would compile, once.
 
-    One that splits keys comes first, if there is one: its sums, in float32, may take more shared
-    memory than the loop over keys. The others are in an order that means nothing.
+    A launch that splits keys comes first, if there is one: its float32 sums may take more shared
+    memory than the loop over keys. The order of the others means nothing.
     """
     found = {(not one.split, digest(one)): one for one in launches}
     first, *others = sorted(found)
@@ -128,7 +128,7 @@ def compiled(name: str, every: bool = False, sample: int = SAMPLE) -> list[Compi
 
 
 def problems(name: str, found: Sequence[Compiled]) -> list[str]:
-    """What does not compile, does not fit, takes more than xfv1 expects, or spills too much."""
+    """A line for each tile that does not compile or fit, or takes or spills too much."""
     limit, wrong = CARDS[name].device.shared_memory, []
     for one in found:
         if one.error:

@@ -33,7 +33,7 @@ LONG = 1 << 17
 
 @dataclass(frozen=True)
 class Launch:
-    """What Triton would compile: a kernel, its arguments' types, and what is fixed of them."""
+    """A launch as Triton would compile it: the kernel, its arguments' types, and the constants."""
 
     kernel: Any
     signature: dict[str, str]
@@ -66,7 +66,7 @@ class Launch:
 
 
 class StandIn:
-    """What Triton asks a driver while it prepares a launch."""
+    """Triton's driver, as far as Triton asks it while it prepares a launch."""
 
     def __init__(self, device: Device) -> None:
         arch: int | str = device.arch or 10 * device.capability[0] + device.capability[1]
@@ -109,7 +109,7 @@ def recording(device: Device) -> Iterator[list[Launch]]:
 
 
 def launches_of(cases: Iterable[AttnCase], card: Card) -> list[Launch]:
-    """What a card would compile for these cases.
+    """The launches that a card would compile for these cases.
 
     Each phase as it is; and, where a phase of that shape has not been yet, over contexts so long
     that their keys are split over programs, and batch invariant.

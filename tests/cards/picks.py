@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from fixtures.cases import AttnCase
-from tests.cards.calls import layer_of
+from tests.backend.calls import layer_of
 from tests.cards.cards import CARDS, Card
 from xfv1 import dispatch
 from xfv1.ops import vllm_fa

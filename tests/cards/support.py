@@ -76,13 +76,13 @@ def _refused_by_xformers(op: str, call: Call, card: Card) -> str:
             OPS[op].run(on_card(call))
         except ValueError as error:
             return str(error)
-    # Of an op that is not called nothing is known.
+    # If xFormers was not called, it has not said whether it serves the call.
     return "" if ran else f"{op} did not call xFormers"
 
 
 @contextlib.contextmanager
 def _as_on(card: Card) -> Iterator[None]:
-    """What xFormers asks torch about the card."""
+    """torch answers xFormers as it would on the card."""
     hip = "7.0" if card.device.kind == "hip" else None
     capability = card.device.capability
     with (

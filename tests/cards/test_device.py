@@ -15,7 +15,7 @@ pytestmark = pytest.mark.cpu
 
 @pytest.fixture(autouse=True)
 def ask_again() -> Iterator[None]:
-    """What is remembered of the real device is not the test's, nor the other way."""
+    """The cache of `device_of` is empty before a test and after it."""
     device_of.cache_clear()
     yield
     device_of.cache_clear()

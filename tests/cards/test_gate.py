@@ -33,7 +33,7 @@ RERUN = "run: python -m tests.cards.gate --all --json tests/cards/cards.json"
 
 @pytest.mark.parametrize("name", CARDS)
 def test_every_launch_of_a_card_compiles_and_fits(name: str) -> None:
-    """And takes what is recorded: shared memory of every tile, registers and spills of some."""
+    """No tile takes more shared memory than is recorded. Some tiles' spills are compared too."""
     found = compiled(name)
     assert problems(name, found) == []
     recorded = {row["tile"]: row for row in RESULTS["cards"][name]}
@@ -48,7 +48,7 @@ def test_every_launch_of_a_card_compiles_and_fits(name: str) -> None:
 
 @pytest.mark.parametrize("name", CARDS)
 def test_what_is_recorded_fits_too(name: str) -> None:
-    """Of every tile registers and spills are known, as a longer run than CI's compiled them."""
+    """The record, of a longer run than CI's, has registers and spills of every tile."""
     rows = RESULTS["cards"][name]
     assert len({row["tile"] for row in rows}) == len(rows) >= 50
     assert problems(name, [Compiled(**row) for row in rows]) == []

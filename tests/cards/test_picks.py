@@ -60,7 +60,7 @@ def test_a_library_refuses_what_is_not_picked(
 
 
 def test_bounds_are_those_of_xformers_classes() -> None:
-    """What xfv1 says of an op's capabilities is what the installed xFormers says."""
+    """xfv1 and the installed xFormers state the same bounds of an op."""
     from xformers.ops import fmha
 
     from xfv1.ops.xformers.varlen import VARLEN_OPS

@@ -124,7 +124,7 @@ RECORDED: dict[str, list[dict[str, Any]]] = json.loads(RESULTS.read_text())["car
 
 @pytest.mark.parametrize("name", CARDS)
 def test_tilings_and_bounds_are_those_that_were_compiled(name: str) -> None:
-    """What tests.cards.gate has recorded is of this source."""
+    """The record of tests.cards.gate is about this source."""
     card = CARDS[name]
     e4m3 = "fp8e4b8" if card.fnuz else "fp8e4nv" if card.device.converts_e4m3 else "u8"
     made = {}

@@ -1,4 +1,4 @@
-"""What of a launch decides how much shared memory it takes."""
+"""The facts about a launch that decide how much shared memory it takes."""
 
 from dataclasses import dataclass
 

@@ -418,7 +418,7 @@ def _selected(platform: Any, name: str, facts: dict[str, Any]) -> str | None:
 
 
 def _properties(capability: tuple[int, int], **others: Any) -> SimpleNamespace:
-    """What torch says of a card, as far as it is asked."""
+    """The properties of a card that torch is asked for."""
     major, minor = capability
     facts: dict[str, Any] = {"warp_size": 32, "multi_processor_count": 64, **others}
     return SimpleNamespace(major=major, minor=minor, **facts)

@@ -232,7 +232,7 @@ def draw(model: torch.nn.Module, seed: int) -> None:
         parameter.data.copy_(content)
 
 
-# What follows runs in a process that imports Transformers.
+# The rest runs in a process that imports Transformers.
 
 
 def make(checkpoint: Checkpoint, seed: int, folder: Path) -> Any:

@@ -139,7 +139,7 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport(Answers):
-    """What an engine answered, and what really ran.
+    """An engine's answers, and the ops that really ran.
 
     cached: tokens of each answer's prompt that prefix caching served. impls, backends: class of
     each attention layer's impl and backend. forwards: calls of each layer's forward. ops: calls
@@ -255,7 +255,7 @@ class Process:
 
 
 def read_report(path: Path) -> Report:
-    """What a session's process has written so far."""
+    """The runs that a session's process has written so far."""
     if not path.exists():
         return Report("", False, {})
     content = json.loads(path.read_text())
@@ -343,7 +343,7 @@ def _serve_all(runs: dict[str, Run], ranks: int) -> Iterator[tuple[str, RunRepor
         start_s = time.perf_counter() - began
         for name, run in runs.items():
             ops.fault = run.fault
-            # What ran so far is warming up, or another run.
+            # The calls so far belong to the warm-up, or to another run.
             ops.calls.clear()
             llm.reset_prefix_cache()
             yield name, _serve(llm, run, ops, start_s)

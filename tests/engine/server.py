@@ -122,7 +122,7 @@ class Server:
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=PATIENCE, max_retries=0)
 
     def workers(self, method: str) -> Any:
-        """What each worker process answers to a method of `tests/site/observed.py`."""
+        """Each worker process's answer to a method of `tests/site/observed.py`."""
         answer = httpx.post(f"{self.url}/collective_rpc", json={"method": method}, timeout=PATIENCE)
         answer.raise_for_status()
         return answer.json()["results"]
@@ -179,7 +179,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Offline:
-    """What a script's engine answered: the script's process, and what its workers say."""
+    """The answers of a script's engine, the script's process, and its workers' reports."""
 
     pid: int
     workers: list[dict[str, Any]]

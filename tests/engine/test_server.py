@@ -36,7 +36,7 @@ LAYERS = 2
 LENGTHS = (1, 2, 5, 16, 31, 32, 33, 64, 65, 100, 129, 150, 200, 257, 300, 330)
 PROMPTS = [prompt(seed, length, VOCABULARY) for seed, length in enumerate(LENGTHS)]
 MAX_TOKENS = 16
-# What fits the machine, whatever starts the engine.
+# Settings that fit the machine, whatever starts the engine.
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -264,7 +264,7 @@ def test_after_all_of_this_it_answers_and_shuts_down_clean(
     assert not re.search(r"^\((EngineCore|Worker).*Traceback", server.printed(), re.M)
 
 
-# What follows starts no engine: names on their way into its configuration.
+# The tests below start no engine: they look at names on their way into its configuration.
 
 WAYS = """
 import json, pickle, sys
@@ -345,7 +345,7 @@ def test_the_environment_is_answered_with_what_to_write(
 def _python(
     folder: Path, site: Path, script: str, *arguments: str, given: str = "", **settings: str
 ) -> str:
-    """What a script prints in a process of its own."""
+    """The output of a script in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         cwd=folder, env=environment(site, **settings), input=given,

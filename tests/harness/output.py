@@ -1,4 +1,4 @@
-"""What programs that are run by hand say, and the file that they leave."""
+"""Output of the programs that are run by hand: lines, and a JSON file."""
 
 import json
 import os

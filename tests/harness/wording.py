@@ -26,7 +26,7 @@ def shown(value: object) -> str:
 
 
 def cause(error: BaseException) -> str:
-    """What an exception says, with its type."""
+    """An exception's type and message."""
     name, text = type(error).__name__, str(error)
     return f"{name}: {text}" if text else name
 

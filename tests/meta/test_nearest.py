@@ -79,7 +79,7 @@ def _planted(fault: ReferenceFault, base: type[PlainImpl] = PlainImpl) -> type[P
     return type("Planted", (Plain,), {"impl": Wrong})
 
 
-# Of `reference.attend`; a layer of the plain backend has facts of the same names.
+# Arguments of `reference.attend`; the plain backend's layer has attributes of the same names.
 ARGUMENTS = (
     "scale",
     "causal",
@@ -212,7 +212,7 @@ def test_a_run_that_fails_names_the_fault(tmp_path: Path) -> None:
     assert line in run.output
 
 
-# What it costs.
+# The cost.
 
 
 def test_a_fault_is_dropped_at_the_first_request_that_it_does_not_explain(

@@ -37,7 +37,7 @@ SPLIT = 64
 TILE = 64
 
 
-# What several faults need.
+# Helpers of several faults.
 
 
 def everything(seen: torch.Tensor) -> slice:
@@ -848,7 +848,7 @@ class ReducerBreaksAt20kKeys(SplitImpl):
 class NaNOnceInAHundredSteps(PlainImpl):
     """About 1 % of steps give NaN, whatever the input."""
 
-    # Of all layers together: each test makes a new one.
+    # All layers count together, because each test makes a new layer.
     steps: ClassVar["itertools.count[int]"] = itertools.count(1)
 
     def run(self, call: Call) -> None:

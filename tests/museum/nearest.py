@@ -117,7 +117,7 @@ def _try(
             trial.off = float("inf")
             return
     near = attended.output
-    # What is no number is compared with nothing.
+    # An element that is no number is not compared.
     got = torch.where(number, got, near)
     truth = torch.where(number, expected.output[request.rows], near)
     along = expected.along_scale[request.rows]

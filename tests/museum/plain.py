@@ -29,7 +29,7 @@ ENCODERS = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
-# What is asked.
+# The question.
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class PlainBuilder(AttentionMetadataBuilder[PlainMetadata]):
         )
 
 
-# What is computed.
+# The computation.
 
 
 class PlainImpl(AttentionImpl[PlainMetadata]):
@@ -258,7 +258,7 @@ class PlainImpl(AttentionImpl[PlainMetadata]):
 
     @property
     def float8(self) -> torch.dtype | None:
-        """What a quantized cache stores, or None for a cache of the model's dtype."""
+        """The dtype of a quantized cache, or None for a cache of the model's dtype."""
         if not self.kv_cache_dtype.startswith("fp8") or self.attn_type in ENCODERS:
             return None
         if self.kv_cache_dtype == "fp8_e5m2":

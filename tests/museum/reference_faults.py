@@ -35,7 +35,7 @@ SEVERAL = 3.0
 
 @dataclass(frozen=True)
 class Question:
-    """What the reference is asked about one request.
+    """The question that the reference is asked about one request.
 
     query: [num_queries, num_heads, head_size].
     key, value: [num_keys, num_kv_heads, head_size], dequantized by k_scale and v_scale.
@@ -143,7 +143,7 @@ def honest(inputs: AttnInputs, **changes: Any) -> torch.Tensor:
     return result
 
 
-# What the faults change.
+# The changes that faults make.
 
 
 def _wrong(**changes: Any) -> Change:

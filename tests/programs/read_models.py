@@ -30,7 +30,7 @@ READ, REFUSED, NOT_ASKED, NO_CONFIG, LATE = (
     "late",
 )
 OUTCOMES = (READ, REFUSED, NOT_ASKED, NO_CONFIG, LATE)
-# What Transformers calls the models that generate or pool; vLLM's names are the same.
+# The names that Transformers, and vLLM, give to models that generate or pool.
 MAPPINGS = "MODEL_*_MAPPING_NAMES"
 # Fields by which a config names a fact, the first that is there counts.
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads")
@@ -53,7 +53,7 @@ EXPLAINED = {
 
 @dataclass(frozen=True)
 class Expected:
-    """What a Transformers config says of its text model's layers; None where it says nothing.
+    """The layers of the text model as a Transformers config states them; None where it does not.
 
     windows: how many layers have each window, None for all keys.
     """
@@ -111,7 +111,7 @@ def classes(model_type: str) -> list[str]:
 
 
 def expected(config: Any) -> Expected:
-    """What the fields of a Transformers config say."""
+    """The values of a Transformers config's fields."""
     text = config.get_text_config(decoder=True)
     heads, width = _first(text, HEADS), _first(text, WIDTH)
     size = _first(text, HEAD_SIZE)

@@ -1,4 +1,4 @@
-"""What a vLLM worker says of its attention layers, from the process that runs them.
+"""A vLLM worker's report on its attention layers, from the process that runs them.
 
 vLLM adds `Worker`'s methods to its own worker (`worker_extension_cls`), wherever that runs. The
 module imports nothing of the checkout: a server finds it in a folder on its PYTHONPATH.

@@ -1,4 +1,4 @@
-"""What Python runs first in a process that has this folder on its PYTHONPATH.
+"""Python runs this first in a process that has this folder on its PYTHONPATH.
 
 XFV1_HIDDEN_PACKAGES: names, separated by commas, that the process takes as not installed.
 Transformers imports torchvision and torchaudio wherever it finds them, and a build for another

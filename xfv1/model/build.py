@@ -89,7 +89,7 @@ class Backend(AttentionBackend):
         return []
 
 
-# What allocates memory, and writes nothing to it.
+# These functions allocate memory, and write nothing to it.
 UNINITIALIZED = (torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty)
 
 
@@ -273,7 +273,7 @@ def _index(name: str, otherwise: int) -> int:
 
 
 def _facts(layer: Any) -> dict[str, Any]:
-    """What `LayerKind` says of one of vLLM's `Attention` layers."""
+    """The fields of `LayerKind` for one of vLLM's `Attention` layers."""
     impl = layer.impl
     return {
         "attention": ATTENTION[str(getattr(impl.attn_type, "value", impl.attn_type))],
@@ -292,7 +292,7 @@ def _facts(layer: Any) -> dict[str, Any]:
 
 
 def _facts_unknown(layer: Any) -> str:
-    """What an `Attention` layer has that `LayerKind` cannot say; empty if there is nothing."""
+    """A fact about an `Attention` layer that `LayerKind` cannot say; empty if there is none."""
     if chunk := getattr(layer, "attention_chunk_size", None):
         return f"vLLM cuts each sequence into chunks of {chunk} tokens"
     if (size := getattr(layer, "head_size_v", layer.head_size)) != layer.head_size:
@@ -304,7 +304,7 @@ def _facts_unknown(layer: Any) -> str:
 
 
 def _other_layer(layer: Any) -> str:
-    """What a layer that is no `Attention` is."""
+    """The kind of a layer that is no `Attention`."""
     from vllm.model_executor.layers.attention import MLAAttention
     from vllm.model_executor.layers.mamba.abstract import MambaBase
 

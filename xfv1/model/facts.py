@@ -1,4 +1,4 @@
-"""What is known of a model's attention layers: plain data, which JSON can carry."""
+"""Facts about a model's attention layers: plain data, which JSON can carry."""
 
 import dataclasses
 import itertools

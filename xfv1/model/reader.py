@@ -128,7 +128,7 @@ class Reader:
         return self._line()
 
     def _line(self) -> dict[str, Any]:
-        """What the process writes next.
+        """The process's next answer.
 
         Raises:
             ValueError: it has ended.

@@ -34,7 +34,7 @@ PLACED = (KeyError, AttributeError, IndexError, TypeError, AssertionError)
 def main() -> None:
     """Answer requests until there are no more."""
     answers = os.fdopen(os.dup(1), "w")
-    # What libraries print is no answer.
+    # Libraries print to standard output too; that goes to the log.
     os.dup2(2, 1)
     try:
         import_without_ops()
@@ -66,7 +66,7 @@ def _answer(folder: str, tensor_parallel_size: int, dtype: str) -> dict[str, Any
 
 
 def reason(error: Exception) -> str:
-    """What an exception says, in one line. Where that is too little: also where it was raised."""
+    """An exception's message in one line; if that says too little, with the place of the error."""
     # Pydantic adds the arguments and an address to what was said.
     messages = [row["msg"] for row in error.errors()] if hasattr(error, "errors") else []
     text = _flat("; ".join(messages) or str(error)).removeprefix("Value error, ")
@@ -87,7 +87,7 @@ def _flat(text: str) -> str:
 
 
 def _in_a_fork(answer: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """What `answer` returns in a fork of this process. The fork is killed after some seconds."""
+    """Call `answer` in a fork of this process, which is killed after so many seconds."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
